@@ -171,7 +171,7 @@ class Elementwise(ABC, Generic[StateT]):
                 resolved = self._resolve(values, tree, index, step, once)
                 step = once(_advance, step)
                 c = once(self.coefficients, once, once(_double, step), *resolved)
-                param, *parts = self._update(param, grad, parts, once(_cast, c, _compute_dtype(param)))
+                param, *parts = self._update(param, grad, parts, once(_cast, c, _compute_dtype(param), param.device))
             new_params.append(param)
             new_leaves.append((step, *parts))
         return tree.unflatten(new_params), self._state(tree, new_leaves)
@@ -293,8 +293,9 @@ def _last_dimension(value: Tensor) -> Tensor:
     return value.unsqueeze(-1)
 
 
-def _cast(c: Any, dtype: torch.dtype) -> Any:
-    return type(c)(*(x.to(dtype) if x is not None and x.is_floating_point() else x for x in c))
+def _cast(c: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    # torch keeps its counters on the CPU, and so are the coefficients of a state that was loaded from there.
+    return type(c)(*(x if x is None else x.to(device, dtype if x.is_floating_point() else x.dtype) for x in c))
 
 
 # Half precision is computed in float32: in bfloat16 even beta2 = .999 would round to 1.

@@ -31,7 +31,6 @@ class _Coefficients(NamedTuple):
     lr: Tensor
     momentum: Tensor | None
     keep: Tensor | None
-    bare: Tensor | None
     weight_decay: Tensor | None
 
 
@@ -59,18 +58,15 @@ class SGD(Elementwise[SGDState]):
 
     def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> _Coefficients:
         lr, momentum, dampening, weight_decay = values
-        keep = bare = None
-        if dampening is not ZERO:
-            # The first gradient is not dampened (the buffer is 0 then, so momentum plays no part).
-            keep = torch.where(step == 1, 1.0, 1.0 - dampening)
-            if momentum is not ZERO:
-                bare = (momentum == 0) & (dampening != 0)
-                momentum = _without_derivative(momentum, bare)
+        keep = None
+        if momentum is not ZERO and dampening is not ZERO:
+            # torch dampens neither the first gradient nor, leaving the buffer out, any at a momentum of exactly 0.
+            keep = torch.where((step == 1) | (momentum == 0), 1.0, 1.0 - dampening)
+            momentum = _without_derivative(momentum, (momentum == 0) & (dampening != 0))
         return _Coefficients(
             lr=lr,
             momentum=None if momentum is ZERO else momentum,
             keep=keep,
-            bare=bare,
             weight_decay=None if weight_decay is ZERO else weight_decay,
         )
 
@@ -80,14 +76,10 @@ class SGD(Elementwise[SGDState]):
             grad = -grad
         if c.weight_decay is not None:
             grad = grad + c.weight_decay * param
-        kept = grad if c.keep is None else c.keep * grad
         if c.momentum is None:
-            return param - c.lr * grad, kept
-        buffer = c.momentum * buffer + kept
+            return param - c.lr * grad, grad
+        buffer = c.momentum * buffer + (grad if c.keep is None else c.keep * grad)
         direction = grad + c.momentum * buffer if self.flags["nesterov"] else buffer
-        if c.bare is not None:
-            # torch leaves the buffer out, and with it the dampening, where momentum is exactly 0.
-            direction = torch.where(c.bare, grad, direction)
         return param - c.lr * direction, buffer
 
 

@@ -141,8 +141,27 @@ def to_tensors(value: Any) -> Any:
     return value
 
 
+def at_step(value: Any, step: int) -> Any:
+    """A value with its callables called on ``step``.
+
+    Example:
+        >>> at_step({"lr": lambda step: 0.1 / (1 + step), "betas": (0.9, lambda step: 0.99)}, 1)
+        {'lr': 0.05, 'betas': (0.9, 0.99)}
+    """
+    if isinstance(value, tuple | list):
+        return tuple(at_step(item, step) for item in value)
+    if isinstance(value, Mapping):
+        return {key: at_step(item, step) for key, item in value.items()}
+    if callable(value) and not isinstance(value, Tensor):
+        return at_step(value(step), step)
+    return value
+
+
+_BY_VALUE = (str, torch.dtype, torch.device)
+
+
 class Once:
-    """Calls a function once per tuple of argument objects, within one optimizer step.
+    """Calls a function once per tuple of argument objects (names, dtypes and devices by value), within one step.
 
     Parameters share their step counter and mostly their hyperparameters, as objects; what is computed from these alone
     (bias corrections, the rectification) is then computed once for all of them.
@@ -153,7 +172,7 @@ class Once:
         self._results: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
-        key = (function, *(arg if isinstance(arg, str) else id(arg) for arg in args))
+        key = (function, *(arg if isinstance(arg, _BY_VALUE) else id(arg) for arg in args))
         if key not in self._results:
             self._results[key] = (args, function(*args))
         result: T = self._results[key][1]

@@ -1,0 +1,57 @@
+"""The step that drop-ins take with ``differentiable=True``: through the functional optimizer, graph kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.functional import Elementwise
+
+
+def differentiable_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], opt: Elementwise[Any]) -> None:
+    """Step the parameters of one group that have a gradient.
+
+    As in torch, a parameter is updated in place and must therefore not be a leaf that requires grad; its state is
+    replaced by new tensors, so that the graphs of earlier steps stay valid.
+
+    Args:
+        optimizer: whose state is read and replaced.
+        group: one of its groups.
+        opt: the functional optimizer with this group's flags and hyperparameters.
+    """
+    names = group.get("param_names") or [str(index) for index in range(len(group["params"]))]
+    live = {name: p for name, p in zip(names, group["params"], strict=True) if p.grad is not None}
+    for name, p in live.items():
+        if p.requires_grad and p.is_leaf:
+            raise RuntimeError(
+                f"differentiable=True updates parameters in place, which autograd refuses for the leaf {name!r}: "
+                "give the optimizer a non-leaf, such as p.clone(), or use metaopt.inner_loop"
+            )
+    # The in-place update below must not touch a tensor that the graph has saved.
+    params = {name: p.clone() for name, p in live.items()}
+    grads = {name: p.grad for name, p in live.items()}
+    state = state_of(optimizer, opt, live, params)
+    new_params, new_state = opt.step(params, grads, state)
+    for name, p in live.items():
+        p.copy_(new_params[name])
+        optimizer.state[p].update({field: part[name] for field, part in zip(new_state._fields, new_state, strict=True)})
+
+
+def state_of(
+    optimizer: torch.optim.Optimizer, opt: Elementwise[Any], live: dict[str, Tensor], params: dict[str, Tensor]
+) -> Any:
+    """The functional state of a live optimizer's parameters; fresh where it has none.
+
+    Args:
+        optimizer: the live optimizer.
+        opt: the functional one.
+        live: the live parameters by name, which are the keys of ``optimizer.state``.
+        params: the tensors that stand for them.
+    """
+    fresh = opt.init(params)
+    fields = []
+    for field, part in zip(fresh._fields, fresh, strict=True):
+        fields.append({name: optimizer.state.get(p, {}).get(field, part[name]) for name, p in live.items()})
+    return type(fresh)(*fields)

@@ -1,0 +1,95 @@
+"""The inner step as a pure function of a task: what the estimators differentiate.
+
+    step = InnerStep(task, opt)
+    carry = step.init(values, generator)
+    for t in range(steps):
+        carry, loss = step(carry, task.batch(t, generator), values, t)
+
+Gradients are taken by torch.func, so that a step vmaps and compiles, and so that autograd and forward mode go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.utils import _pytree as pytree
+
+from metaopt.functional import Optimizer
+from metaopt.functional.values import at_step
+from metaopt.tasks import Replicas, Task
+
+
+class Carry(NamedTuple):
+    """What one inner step hands to the next."""
+
+    params: Any
+    state: Any
+
+
+def cut(tree: Any) -> Any:
+    """A pytree of tensors detached from the graph. What is not part of it stays the same object (shared counters)."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, tree)
+
+
+class InnerStep:
+    """One step of an optimizer on a task.
+
+    Args:
+        task: what is trained. `Replicas` take each its own step.
+        opt: a functional optimizer. One that is not elementwise is vmapped over replicas.
+    """
+
+    def __init__(self, task: Task, opt: Optimizer) -> None:
+        self.task = task
+        self.opt = opt
+        # Where the update has no derivative with respect to the gradient (Rprop), no second-order graph is recorded.
+        self._second_order = getattr(opt, "differentiates_gradients", True)
+        self._vmap_opt = isinstance(task, Replicas) and not getattr(opt, "elementwise", False)
+
+    def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All values: the optimizer's own, with these in their place."""
+        return {**self.opt.defaults, **values}
+
+    def init(self, values: Mapping[str, Any], generator: Generator | None) -> Carry:
+        """Fresh parameters and state."""
+        params = self.task.init(generator)
+        mine = self._of_optimizer(values, 0)
+        init: Callable[[Any], Any] = lambda params: self.opt.init(params, **mine)  # noqa: E731
+        return Carry(params, torch.vmap(init)(params) if self._vmap_opt else init(params))
+
+    def __call__(self, carry: Carry, batch: Any, values: Mapping[str, Any], step: int) -> tuple[Carry, Tensor]:
+        """Inner step ``step`` (from 0): the next carry, and the inner loss before the step, as a constant."""
+        carry, loss = self._step(carry, batch, values, step)
+        return carry, loss.detach()
+
+    def with_loss(self, carry: Carry, batch: Any, values: Mapping[str, Any], step: int) -> tuple[Carry, Tensor]:
+        """The same, the inner loss being part of the graph."""
+        carry_after, loss = self._step(carry, batch, values, step)
+        if not self._second_order:
+            loss = self.task.loss(carry.params, batch, self.complete(values))
+        return carry_after, loss
+
+    def _step(self, carry: Carry, batch: Any, values: Mapping[str, Any], step: int) -> tuple[Carry, Tensor]:
+        params, state = carry
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._second_order):
+            grads, loss = self._gradient(params, batch, self.complete(values))
+        mine = self._of_optimizer(values, step)
+        update: Callable[..., Any] = lambda *args: self.opt.step(*args, **mine)  # noqa: E731
+        params, state = (torch.vmap(update) if self._vmap_opt else update)(params, grads, state)
+        return Carry(params, state), loss
+
+    def _gradient(self, params: Any, batch: Any, values: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        if not isinstance(self.task, Replicas):
+            grads, loss = torch.func.grad_and_value(self.task.loss)(params, batch, values)
+            return grads, loss
+        single = self.task.task.loss
+        gradient = torch.func.grad_and_value(lambda params, batch: single(params, batch, values))
+        grads, losses = torch.vmap(gradient)(params, batch)
+        return grads, losses.mean()
+
+    def _of_optimizer(self, values: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """The optimizer's values at a step; counted here, so that a schedule sees an int under every transform."""
+        return {name: at_step(value, step) for name, value in values.items() if name in self.opt.hyperparameters}
