@@ -112,7 +112,7 @@ def _check_inside(name: str, value: Real | Tensor, bound: Bound, first: Any) -> 
     if not isinstance(bound, Constraint):
         if not isinstance(first, Real | Tensor):
             return  # the bound differs by parameter or by step
-        bound = bound(first)
+        bound = bound(first if isinstance(first, Tensor) else float(first))
     try:
         inside = bool(torch.as_tensor(bound.check(torch.as_tensor(value, dtype=torch.float64))).all())
     except RuntimeError:  # a tensor batched by vmap has no single value to read
