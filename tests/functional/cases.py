@@ -48,13 +48,12 @@ class Peer:
 
 
 def _adam_variants(**common: Any) -> list[Variant]:
-    """lr, betas and eps at the ends of their domains and inside, for the members of Adam's family."""
+    """lr, betas, eps and weight_decay inside their domains and at the ends, for the members of Adam's family."""
     return [
-        variant(lr=0.05, betas=(0.9, 0.99), weight_decay=0.1, **common),
+        variant(lr=0.05, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1, **common),
         variant(lr=0.05, betas=(0.9, 0.99), weight_decay=0.0, **common),
-        variant(lr=0.05, betas=(0.8, 0.95), weight_decay=0.1, maximize=True, **common),
-        variant(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, **common),
-        variant(lr=0.05, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.0, **common),
+        variant(lr=0.05, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.1, maximize=True, **common),
+        variant(lr=0.05, betas=(0.0, 0.999), eps=1e-2, weight_decay=0.0, **common),
         variant(lr=0.05, betas=(0.5, 0.9999), eps=1e-3, weight_decay=0.1, **common),
         variant(lr=0.0, betas=(0.9, 0.99), flat="betas[0] betas[1] eps weight_decay", weight_decay=0.1, **common),
     ]
@@ -65,7 +64,7 @@ PEERS = {
         torch.optim.RAdam,
         [
             *_adam_variants(),
-            *_adam_variants(decoupled_weight_decay=True),
+            *_adam_variants(decoupled_weight_decay=True)[:3],
             variant(lr=0.05, betas=(0.9, 0.95), eps=0.0, weight_decay=0.1),
             variant(lr=0.05, betas=(0.9, 0.7)),  # rho_inf = 5.67: rectified late
             variant(lr=0.05, betas=(0.9, 0.5), flat="betas[1] eps"),  # (rho_inf - 4) (rho_inf - 2) < 0
@@ -79,7 +78,6 @@ PEERS = {
             variant(lr=0.03, etas=(0.5, 1.3), step_sizes=(0.018, 0.08)),
             variant(lr=0.03, etas=(0.5, 1.3), step_sizes=(0.018, 0.08), maximize=True),
             variant(lr=0.1, flat="step_sizes[0] step_sizes[1]"),
-            variant(lr=0.1, maximize=True, flat="step_sizes[0] step_sizes[1]"),
             variant(lr=0.2, etas=(0.4, 1.1), step_sizes=(0.07, 50.0), flat="step_sizes[1]"),
             variant(lr=0.01, etas=(0.9, 2.0), step_sizes=(0.0, 0.1), flat="step_sizes[0]"),
             variant(lr=0.0, step_sizes=(0.01, 50.0), flat="lr step_sizes[1]"),
@@ -95,7 +93,7 @@ PEERS = {
             variant(lr=0.05, betas=(0.9, 0.99), weight_decay=0.1, decoupled_weight_decay=True),
         ],
     ),
-    "adamw": Peer(torch.optim.AdamW, _adam_variants()),
+    "adamw": Peer(torch.optim.AdamW, _adam_variants()[:3]),
     "sgd": Peer(
         torch.optim.SGD,
         [
