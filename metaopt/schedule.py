@@ -42,14 +42,12 @@ class Schedule:
                 f"init must be one value or one per step ({steps}), got init of shape {tuple(values.shape)}"
             )
         self.values: Tensor = values.expand(steps)
-        self._at: tuple[Tensor, ...] | None = None
 
     @classmethod
     def of(cls, values: Tensor) -> Schedule:
         """A schedule of these values, shape (steps,): differentiable with respect to them."""
         schedule = cls.__new__(cls)
         schedule.values = values
-        schedule._at = None
         return schedule
 
     def __len__(self) -> int:
@@ -61,14 +59,11 @@ class Schedule:
         if isinstance(step, Tensor):
             if step.is_floating_point():
                 raise TypeError(f"step must be an int or an integer tensor, got dtype {step.dtype}")
-            index = step.clamp(0, last)
+            index = step.to(torch.int64).clamp(0, last)
             return self.values.index_select(0, index.reshape(-1)).reshape(index.shape)
         if step < 0:
             raise ValueError(f"step must be >= 0, got step={step}")
-        if self._at is None:
-            # One unbind is one node in the backward pass, where an index per step would be one vector of zeros each.
-            self._at = self.values.unbind(0)
-        return self._at[min(step, last)]
+        return self.values[min(step, last)]
 
     def __repr__(self) -> str:
         first, last = self.values.detach()[[0, -1]].tolist()
@@ -79,9 +74,19 @@ def _flatten(schedule: Schedule) -> tuple[list[Tensor], Any]:
     return [schedule.values], None
 
 
+def _flatten_with_keys(schedule: Schedule) -> tuple[list[tuple[Any, Tensor]], Any]:
+    return [(pytree.GetAttrKey("values"), schedule.values)], None
+
+
 def _unflatten(values: Any, context: Any) -> Schedule:
     return Schedule.of(next(iter(values)))
 
 
 # So that torch.func transforms and pytree functions see the tensor inside a mapping of hyperparameter values.
-pytree.register_pytree_node(Schedule, _flatten, _unflatten, serialized_type_name="metaopt.Schedule")
+pytree.register_pytree_node(
+    Schedule,
+    _flatten,
+    _unflatten,
+    serialized_type_name="metaopt.Schedule",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
