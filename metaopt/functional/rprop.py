@@ -64,7 +64,8 @@ class Rprop(Elementwise[RpropState]):
         agreement = grad * prev
         flipped = agreement < 0
         factor = torch.where(agreement > 0, c.eta_plus, torch.where(flipped, c.eta_minus, 1.0))
-        step_size = torch.clamp(step_size * factor, c.smallest, c.largest)
+        # In two, because torch.clamp gives neither bound a derivative where they are equal.
+        step_size = torch.clamp(torch.clamp(step_size * factor, min=c.smallest), max=c.largest)
         grad = torch.where(flipped, 0.0, grad)
         return param - torch.sign(grad) * step_size, grad, step_size
 

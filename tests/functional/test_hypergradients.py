@@ -205,6 +205,19 @@ def test_only_a_sign_based_step_is_indifferent_to_gradients_without_a_graph(case
     assert same == (not case.opt.differentiates_gradients)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if "step_sizes[0]" in c.fixed], ids=str)
+def test_equal_bounds_of_a_step_size_have_one_sided_derivatives(case: Case, problem: Problem) -> None:
+    """The lower one may only sink and the upper one only rise."""
+    bound = case.elements["step_sizes[0]"]
+    low, high = (hypergradients(INDICES[str(case)])[0][f"step_sizes[{i}]"] for i in range(2))
+    sinking = derivative(
+        lambda b: torch_loss(case, problem, {"step_sizes": (2 * bound - b, bound)}), bound, lowest=bound
+    )
+    rising = derivative(lambda b: torch_loss(case, problem, {"step_sizes": (bound, b)}), bound, lowest=bound)
+    assert_equals_difference(low, Difference(-sinking.value, sinking.error))
+    assert_equals_difference(high, rising)
+
+
 def discontinuous(case: Case, problem: Problem, momentum: Tensor, lr: Tensor | None = None) -> Tensor:
     hyper = {"momentum": momentum, **({} if lr is None else {"lr": lr})}
     return problem.meta_loss(train(case, problem, 3, hyper)[0])
