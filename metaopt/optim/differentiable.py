@@ -21,9 +21,10 @@ def differentiable_step(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         group: one of its groups.
         opt: the functional optimizer with this group's flags and hyperparameters.
     """
-    names = group.get("param_names") or [str(index) for index in range(len(group["params"]))]
-    live = {name: p for name, p in zip(names, group["params"], strict=True) if p.grad is not None}
+    live = {name: p for name, p in zip(_names(group), group["params"], strict=True) if p.grad is not None}
     for name, p in live.items():
+        if p.grad.layout != torch.strided:
+            raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients, got one for {name!r}")
         if p.requires_grad and p.is_leaf:
             raise RuntimeError(
                 f"differentiable=True updates parameters in place, which autograd refuses for the leaf {name!r}: "
@@ -36,7 +37,16 @@ def differentiable_step(optimizer: torch.optim.Optimizer, group: dict[str, Any],
     new_params, new_state = opt.step(params, grads, state)
     for name, p in live.items():
         p.copy_(new_params[name])
-        optimizer.state[p].update({field: part[name] for field, part in zip(new_state._fields, new_state, strict=True)})
+        optimizer.state[p].update({field: part[name] for field, part in new_state._asdict().items()})
+        # torch counts in place: two parameters that share a counter would advance it twice once their state is loaded.
+        optimizer.state[p]["step"] = new_state.step[name].clone()
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    """One name per parameter: the user's, or positions where there are none or two modules use the same."""
+    names: list[str] = group.get("param_names", [])
+    count = len(group["params"])
+    return names if len(set(names)) == count else [str(index) for index in range(count)]
 
 
 def state_of(
@@ -50,8 +60,12 @@ def state_of(
         live: the live parameters by name, which are the keys of ``optimizer.state``.
         params: the tensors that stand for them.
     """
-    fresh = opt.init(params)
-    fields = []
-    for field, part in zip(fresh._fields, fresh, strict=True):
-        fields.append({name: optimizer.state.get(p, {}).get(field, part[name]) for name, p in live.items()})
-    return type(fresh)(*fields)
+    state = opt.init(params)
+    counters: dict[float, Tensor] = {}
+    for name, p in live.items():
+        saved = optimizer.state.get(p, {})
+        for field, part in state._asdict().items():
+            part[name] = saved.get(field, part[name])
+        # Equal counters as one object: what depends on the step alone is then computed once.
+        state.step[name] = counters.setdefault(float(state.step[name]), state.step[name])
+    return state
