@@ -90,6 +90,7 @@ class InnerModel:
         self._training: bool | None = None
         self.params: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._attributes = [(module, _tensor_attributes(module)) for module in model.modules()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Fresh copies, because a module updates its buffers in place, and the graph of an earlier call may hold them.
@@ -111,9 +112,17 @@ class InnerModel:
 
     def release(self) -> None:
         """Let go of what a module has cached of the inner loop's parameters."""
-        for module in self._model.modules():
+        for module, before in self._attributes:
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
+            for name in _tensor_attributes(module).keys() - before.keys():
+                delattr(module, name)
+            vars(module).update(before)
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that are neither parameters nor buffers: the normalized weight of torch.nn.utils.spectral_norm."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 @contextmanager
@@ -165,13 +174,15 @@ class InnerOptimizer:
             loss: a scalar computed with ``fmodel``.
 
         Raises:
-            ValueError: the loss is not a scalar, or depends on none of the parameters.
+            ValueError: the loss is not a scalar, or depends on none of the parameters; the parameters are unchanged.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
                 f"loss must be a scalar tensor, got {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}"
             )
         params = self._fmodel.params
+        if not params:
+            raise ValueError("there is nothing to step: the optimizer holds no parameter that requires grad")
         keep_graph = self._keep_graph and torch.is_grad_enabled()
         second_order = (
             keep_graph and not self._first_order and any(group.opt.differentiates_gradients for group in self._groups)
@@ -189,15 +200,19 @@ class InnerOptimizer:
         if all(gradient is None for gradient in gradients):
             raise ValueError("loss depends on no parameter of fmodel: was it computed with the live model?")
         grads = dict(zip(params, gradients, strict=True))
+        new_params, new_states = {}, []
         with torch.set_grad_enabled(keep_graph):
-            for index, group in enumerate(self._groups):
-                new_params, self._states[index] = group.opt.step(
+            for group, state in zip(self._groups, self._states, strict=True):
+                stepped, new_state = group.opt.step(
                     {name: params[name] for name in group.live},
                     {name: grads[name] for name in group.live},
-                    self._states[index],
+                    state,
                     **at_step(group.hyper, self._count),
                 )
-                self._fmodel.params.update(new_params)
+                new_params.update(stepped)
+                new_states.append(new_state)
+        self._fmodel.params.update(new_params)
+        self._states = new_states
         self._count += 1
         if not keep_graph:
             self.detach()

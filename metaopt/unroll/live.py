@@ -48,7 +48,8 @@ def groups_of(
     """The groups of a live optimizer over the parameters of a model.
 
     Raises:
-        TypeError: an optimizer of a type that has no functional form, or a hyperparameter that it does not have.
+        TypeError: an optimizer of a type that has no functional form, a hyperparameter that it does not have, or
+            hyperparameters in another form than mappings.
         ValueError: amsgrad, a parameter that is not the model's, a number of mappings other than the number of groups.
     """
     make = _FUNCTIONAL.get(type(optimizer))
@@ -61,7 +62,10 @@ def groups_of(
     if any(flags):
         raise ValueError(f"inner_loop has no amsgrad: group {flags.index(True)} has amsgrad=True")
     count = len(optimizer.param_groups)
-    mappings = [hyper or {}] * count if hyper is None or isinstance(hyper, Mapping) else list(hyper)
+    mappings = [hyper or {}] * count if hyper is None or isinstance(hyper, Mapping) else hyper
+    if not isinstance(mappings, Sequence) or not all(isinstance(values, Mapping) for values in mappings):
+        hint = ": call it, as in hyper()" if callable(hyper) else ""
+        raise TypeError(f"hyper must be a mapping of values, or a list with one mapping per group, got {hyper!r}{hint}")
     if len(mappings) != count:
         raise ValueError(f"hyper must hold one mapping per group ({count}), got {len(mappings)}")
 
