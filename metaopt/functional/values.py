@@ -170,10 +170,24 @@ class Once:
     def __init__(self) -> None:
         # The arguments are kept, because an id may be used again once its object is gone.
         self._results: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
+        self._traced: list[tuple[Callable[..., Any], tuple[Any, ...], Any]] = []
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
+        result: T
+        if torch.compiler.is_compiling():
+            # The id of an input would become a guard, and each step, with its new tensors, a compilation.
+            for known, others, result in self._traced:
+                if known == function and len(others) == len(args) and all(map(_same, others, args)):
+                    return result
+            result = function(*args)
+            self._traced.append((function, args, result))
+            return result
         key = (function, *(arg if isinstance(arg, _BY_VALUE) else id(arg) for arg in args))
         if key not in self._results:
             self._results[key] = (args, function(*args))
-        result: T = self._results[key][1]
+        result = self._results[key][1]
         return result
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) if isinstance(a, _BY_VALUE) else a is b
