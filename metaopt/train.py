@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, nn
@@ -22,12 +22,7 @@ from metaopt.hyper import Hyperparameters
 from metaopt.metagrad import Estimator
 from metaopt.progress import Progress
 from metaopt.tasks import Task
-
-
-class Tracker(Protocol):
-    """Where measurements go."""
-
-    def log(self, metrics: dict[str, Any], step: int) -> None: ...
+from metaopt.tracking import Tracker
 
 
 @dataclass

@@ -121,8 +121,8 @@ class Digits:
         return self.loss(params, self.data.validation, hyper)
 
     @torch.no_grad()
-    def test(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy on the test split, both 0-d."""
+    def test(self, params: Params) -> dict[str, Tensor]:
+        """``loss`` and ``accuracy`` on the test split, both 0-d."""
         logits = self.logits(params, self.data.test.images)
         accuracy = (logits.argmax(-1) == self.data.test.labels).float().mean()
-        return nn.functional.cross_entropy(logits, self.data.test.labels), accuracy
+        return {"loss": nn.functional.cross_entropy(logits, self.data.test.labels), "accuracy": accuracy}
