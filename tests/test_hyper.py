@@ -469,8 +469,6 @@ def test_functional_call_gives_the_values_at_other_parameters() -> None:
     assert flatten(hyper.numbers()) == flatten(learn_all("rprop").numbers())
 
 
-# The first jvp of a process loads a module of torch's that warns.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_functional_call_composes_with_grad_vmap_and_jvp() -> None:
     hyper = Hyperparameters(radam(), {"lr": 0.5, "betas": (0.9, 0.99)})
     origin = {key: p.detach() for key, p in hyper.named_parameters()}
