@@ -51,6 +51,7 @@ _WORDS = (
     (constraints.less_than, "< {upper_bound}"),
     (constraints.half_open_interval, "in [{lower_bound}, {upper_bound})"),
     (constraints.interval, "in [{lower_bound}, {upper_bound}]"),
+    (type(constraints.real), "a real number"),
 )
 
 
@@ -84,7 +85,8 @@ def check(name: str, value: Any, bound: Bound | tuple[Bound, Bound], *, read_ten
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
-            check(f"{name}[{key!r}]", item, bound, read_tensors=read_tensors, first=first)
+            its_first = first.get(key) if isinstance(first, Mapping) else first
+            check(f"{name}[{key!r}]", item, bound, read_tensors=read_tensors, first=its_first)
     elif callable(value) and not isinstance(value, Tensor):
         return
     elif isinstance(bound, tuple):
@@ -111,7 +113,7 @@ def check(name: str, value: Any, bound: Bound | tuple[Bound, Bound], *, read_ten
 def _check_inside(name: str, value: Real | Tensor, bound: Bound, first: Any) -> None:
     if not isinstance(bound, Constraint):
         if not isinstance(first, Real | Tensor):
-            return  # the bound differs by parameter or by step
+            return  # the bound differs by step, or by parameter where this value does not
         bound = bound(first if isinstance(first, Tensor) else float(first))
     try:
         inside = bool(torch.as_tensor(bound.check(torch.as_tensor(value, dtype=torch.float64))).all())
