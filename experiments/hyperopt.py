@@ -36,8 +36,8 @@ from metaopt.tasks import Digits, NoisyQuadratic, Replicas, Task, convnet
 from metaopt.tracking import JSONL
 
 TASKS: Mapping[str, Callable[[], Task]] = {
-    "digits-mlp": Digits,
-    "digits-convnet": partial(Digits, convnet),
+    "digits-mlp": partial(Digits, batch_size=256),
+    "digits-convnet": partial(Digits, convnet, batch_size=256),
     "quadratic": NoisyQuadratic,
 }
 OPTIMIZERS: Mapping[str, tuple[Callable[[], Optimizer], Space]] = {
@@ -81,25 +81,26 @@ class Config:
         return tuple(OPTIMIZERS) if self.optimizer == "both" else (self.optimizer,)
 
 
-def spread(optimizer: str, names: list[str], steps: int, name: str, value: Callable[[], float]) -> Any:
-    """A value per step and per parameter, where that has a meaning: one of RAdam's learning rate, all of Rprop's.
+def spread(optimizer: str, names: list[str], steps: int, key: str, value: Callable[[], float]) -> Any:
+    """A learning rate per step and per parameter, all else being scalar.
 
-    Rprop's learning rate is its initial step size: one per parameter.
+    Rprop's lr is its initial step size, of which there is one per parameter; its largest step size, per step and per
+    parameter, is what limits a step as a learning rate does.
     """
-    if optimizer == "radam" and name != "lr":
-        return value()
-    if optimizer == "rprop" and name == "lr":
-        return {parameter: value() for parameter in names}
-    return {parameter: [value() for _ in range(steps)] for parameter in names}
+    if key == {"radam": "lr", "rprop": "step_sizes[1]"}[optimizer]:
+        return {name: [value() for _ in range(steps)] for name in names}
+    if key == "lr":
+        return {name: value() for name in names}
+    return value()
 
 
 def sample(config: Config, optimizer: str, names: list[str], space: str, generator: Generator) -> dict[str, Any]:
     """One draw for a random search: over the scalars, or over a value per step and per parameter."""
     _, ranges = OPTIMIZERS[optimizer]
 
-    def make(name: str, part: Range) -> Any:
+    def make(key: str, part: Range) -> Any:
         value = partial(draw, part, generator)
-        return value() if space == "scalars" else spread(optimizer, names, config.steps, name, value)
+        return value() if space == "scalars" else spread(optimizer, names, config.steps, key, value)
 
     return fill(ranges, make)
 
@@ -125,9 +126,9 @@ def starts(config: Config, optimizer: str, names: list[str], space: str) -> dict
     """Where learning starts: the middle of every range."""
     _, ranges = OPTIMIZERS[optimizer]
 
-    def make(name: str, part: Range) -> Any:
+    def make(key: str, part: Range) -> Any:
         middle = part.at(0.5)
-        value = middle if space == "scalars" else spread(optimizer, names, config.steps, name, lambda: middle)
+        value = middle if space == "scalars" else spread(optimizer, names, config.steps, key, lambda: middle)
         if not isinstance(value, dict):
             return value
         scheduled = isinstance(value[names[0]], list)
@@ -219,9 +220,10 @@ def main(config: Config) -> dict[str, list[Result]]:
                 for contender in contenders(config, optimizer, found, learned[optimizer])
             ]
             tracker = JSONL(record, optimizer=optimizer, study="evaluation")
-            for index, result in enumerate(results[optimizer]):
-                tracker.log(table.as_record(result), index)
-    console.print(table.make(results, config.steps, config.seeds))
+            for row, judged in enumerate(results[optimizer]):
+                tracker.log(table.as_record(judged), row)
+    print()
+    Console(width=max(console.width, table.WIDTH)).print(table.make(results, config.steps, config.seeds))
     path = figure.save(config.out / "hyperopt.svg", results, histories)
     console.print(f"{perf_counter() - started:.0f} s; figure in {path}, record in {record}")
     return results

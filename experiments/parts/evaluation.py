@@ -79,7 +79,7 @@ def _read(value: Any) -> Any:
 
 
 def evaluate(task: Any, opt: Optimizer, optimizer: str, contender: Contender, steps: int, seeds: int) -> Result:
-    """Train and test a contender. A cosine is stretched over twice the horizon; a learned schedule holds its last value.
+    """Train and test a contender. At twice the horizon a cosine is stretched; a learned schedule holds its last value.
 
     Args:
         task: one with ``test``.

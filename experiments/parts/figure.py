@@ -43,7 +43,7 @@ def _meta_losses(axes: Axes, optimizer: str, histories: Mapping[str, History]) -
 
 
 def _trajectories(axes: Axes, history: History) -> None:
-    """Each hyperparameter relative to its start, so that all fit on one axis; betas and etas by their distance from 1."""
+    """Each hyperparameter relative to its start, to fit on one axis; betas and etas by their distance from 1."""
     flat = [dict(_scalars(record["hyper"])) for record in history]
     for name in flat[0]:
         distances = [abs(1.0 - record[name]) if "beta" in name or "eta" in name else record[name] for record in flat]

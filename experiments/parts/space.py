@@ -32,7 +32,7 @@ class LogUniform:
     sign: float = 1.0
 
     def at(self, quantile: float) -> float:
-        return self.offset + self.sign * self.low * (self.high / self.low) ** quantile
+        return self.offset + self.sign * math.exp((1 - quantile) * math.log(self.low) + quantile * math.log(self.high))
 
 
 Range = Uniform | LogUniform
@@ -47,14 +47,16 @@ RADAM: Space = {
 RPROP: Space = {
     "lr": LogUniform(1e-4, 1.0),
     "etas": (Uniform(0.1, 0.95), LogUniform(0.01, 1.0, offset=1.0)),
-    "step_sizes": (LogUniform(1e-8, 1e-3), LogUniform(1e-2, 10.0)),
+    "step_sizes": (LogUniform(1e-8, 1e-3), LogUniform(1e-2, 1.0)),
 }
 
 
 def fill(space: Space, make: Callable[[str, Range], Any]) -> dict[str, Any]:
-    """A value for every hyperparameter of a space: ``make(name, range)``, for each element of a pair."""
+    """A value for every hyperparameter of a space: ``make(key, range)``, with keys like lr, betas[0], betas[1]."""
     return {
-        name: tuple(make(name, part) for part in ranges) if isinstance(ranges, tuple) else make(name, ranges)
+        name: tuple(make(f"{name}[{index}]", part) for index, part in enumerate(ranges))
+        if isinstance(ranges, tuple)
+        else make(name, ranges)
         for name, ranges in space.items()
     }
 

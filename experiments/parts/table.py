@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experiments.parts.evaluation import Result
 
+WIDTH = 110  # what the table needs where the output has no width, as in a file
 SPACES = {"scalars": "scalars", "schedules": "values per step and parameter"}
 
 
@@ -20,8 +21,8 @@ def make(results: Mapping[str, list[Result]], steps: int, seeds: int) -> Table:
     """
     table = Table(title=f"Test loss, mean ± standard error over {seeds} fresh seeds", title_justify="left")
     table.add_column("hyperparameters", no_wrap=True)
-    for heading in ("trainings spent", f"{steps} steps", f"{2 * steps} steps", "accuracy", "below defaults"):
-        table.add_column(heading, justify="right")
+    for heading in ("trainings", f"{steps} steps", f"{2 * steps} steps", "accuracy", "below defaults"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for optimizer, rows in results.items():
         best = min(float(row.loss.nan_to_num(float("inf")).mean()) for row in rows)
         table.add_row(f"[bold]{optimizer}[/]")
