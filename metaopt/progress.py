@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -28,15 +29,18 @@ class Progress:
             self._console = Console()
 
     def __enter__(self) -> Progress:
-        if self._console is not None and (self._console.is_terminal or self._console.is_jupyter):
+        if self._console is not None and _can_redraw(self._console):
             from rich import progress
+            from rich.table import Column
 
+            whole = Column(no_wrap=True)
             self._bar = progress.Progress(
                 progress.TextColumn("meta-step"),
-                progress.MofNCompleteColumn(),
-                progress.BarColumn(bar_width=20),
-                progress.TimeRemainingColumn(compact=True),
-                progress.TextColumn("{task.fields[status]}", table_column=None),
+                progress.MofNCompleteColumn(table_column=whole),
+                progress.BarColumn(bar_width=20, table_column=whole),
+                progress.TimeRemainingColumn(compact=True, table_column=whole),
+                # Where the terminal is narrow, the values go on in the next line.
+                progress.TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
                 console=self._console,
             )
             self._bar.start()
@@ -57,6 +61,12 @@ class Progress:
             self._bar.update(self._task, advance=1, status=status)
         elif self._console is not None and (self._done % self._every == 0 or self._done in (1, self._steps)):
             print(f"meta-step {self._done}/{self._steps}  {status}", flush=True)
+
+
+def _can_redraw(console: Any) -> bool:
+    """A terminal, or a notebook with the widgets that rich needs to draw there."""
+    widgets = all(find_spec(name) is not None for name in ("IPython", "ipywidgets"))
+    return bool(console.is_terminal or (console.is_jupyter and widgets))
 
 
 def brief(value: Any) -> str:

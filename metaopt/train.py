@@ -101,6 +101,7 @@ def meta_train(
         for step in range(steps):
             started = perf_counter()
             meta_optimizer.zero_grad()
+            hyper.zero_grad()  # it may have parameters that the meta-optimizer does not hold
             loss = estimator.backward(task, opt, hyper, generator)
             record: dict[str, Any] = {"meta_loss": loss.item(), "grad_norm": _grad_norm(hyper)}
             if isinstance(hyper, Hyperparameters):
