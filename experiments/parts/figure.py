@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,15 +23,16 @@ def save(path: Path, results: Mapping[str, list[Result]], histories: Mapping[str
         results: the contenders' results by optimizer, torch's defaults first.
         histories: by optimizer and space (scalars, schedules), what meta-training logged.
     """
-    figure = Figure(figsize=(17, 4 * len(results)), layout="constrained")
-    rows = figure.subplots(len(results), 4, squeeze=False)
-    for (optimizer, contenders), (loss, values, schedule, training) in zip(results.items(), rows, strict=True):
-        _meta_losses(loss, optimizer, histories[optimizer])
-        _trajectories(values, histories[optimizer]["scalars"])
-        _schedules(schedule, contenders[-1].contender.numbers)
-        _training(training, contenders)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"font.size": 9, "axes.titlesize": "medium", "legend.fontsize": "small", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(16, 3.6 * len(results)), layout="constrained")
+        rows = figure.subplots(len(results), 4, squeeze=False)
+        for (optimizer, contenders), (loss, values, schedule, training) in zip(results.items(), rows, strict=True):
+            _meta_losses(loss, optimizer, histories[optimizer])
+            _trajectories(values, optimizer, histories[optimizer]["scalars"])
+            _schedules(schedule, contenders[-1].contender.numbers)
+            _training(training, contenders)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
     return path
 
 
@@ -42,15 +44,15 @@ def _meta_losses(axes: Axes, optimizer: str, histories: Mapping[str, History]) -
     axes.legend()
 
 
-def _trajectories(axes: Axes, history: History) -> None:
+def _trajectories(axes: Axes, optimizer: str, history: History) -> None:
     """Each hyperparameter relative to its start, to fit on one axis; betas and etas by their distance from 1."""
     flat = [dict(_scalars(record["hyper"])) for record in history]
     for name in flat[0]:
         distances = [abs(1.0 - record[name]) if "beta" in name or "eta" in name else record[name] for record in flat]
         label = f"|1 - {name}|" if "beta" in name or "eta" in name else name
         axes.plot([distance / distances[0] for distance in distances], label=label)
-    axes.set(title="learned scalars, relative to their start", xlabel="meta-step", yscale="log")
-    axes.legend(fontsize="small")
+    axes.set(title=f"{optimizer}: learned scalars / start", xlabel="meta-step", yscale="log")
+    axes.legend()
 
 
 def _scalars(numbers: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -66,8 +68,8 @@ def _schedules(axes: Axes, numbers: Mapping[str, Any]) -> None:
     name, value = ("largest step size", numbers["step_sizes"][1]) if "step_sizes" in numbers else ("lr", numbers["lr"])
     for parameter, values in value.items():
         axes.plot(values, label=parameter or "all", drawstyle="steps-post")
-    axes.set(title=f"learned {name} per step and parameter", xlabel="inner step", yscale="log")
-    axes.legend(fontsize="small")
+    axes.set(title=f"learned: {name} per step and parameter", xlabel="inner step", yscale="log")
+    axes.legend()
 
 
 def _training(axes: Axes, contenders: list[Result]) -> None:
@@ -78,6 +80,6 @@ def _training(axes: Axes, contenders: list[Result]) -> None:
         steps = range(len(mean))
         axes.plot(steps, mean, label=result.contender.name)
         axes.fill_between(steps, (mean - spread).clamp(min=1e-3), mean + spread, alpha=0.2)
-    axes.set(title="training on fresh seeds (mean and standard deviation)", xlabel="inner step", yscale="log")
+    axes.set(title="training on fresh seeds: mean ± standard deviation", xlabel="inner step", yscale="log")
     axes.set_ylabel("validation loss")
-    axes.legend(fontsize="small")
+    axes.legend()

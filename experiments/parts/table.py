@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.parts.evaluation import Result
 
-WIDTH = 110  # what the table needs where the output has no width, as in a file
+WIDTH = 128  # what the table needs where the output has no width, as in a file
 SPACES = {"scalars": "scalars", "schedules": "values per step and parameter"}
 
 
