@@ -420,6 +420,7 @@ def test_a_state_dict_loads_in_mid_training(ours: Any, theirs: Any, direction: s
     second = target(params)
     second.load_state_dict(torch.load(saved))  # weights_only
     assert second.param_groups[0]["lr"] == 0.02
+    assert second.param_groups[0]["fused"] is None  # loaded, or filled in
     assert_same_optimizers(continued(second, 10), continued(theirs(parameters(), lr=0.02, foreach=foreach), 0, 20))
 
 

@@ -119,6 +119,30 @@ def test_a_buffer_that_depends_on_the_parameters_carries_its_derivative() -> Non
     assert model.h == 0.5
 
 
+def test_a_buffer_that_is_updated_in_place_does_not_spoil_the_graph_of_earlier_calls() -> None:
+    class Count(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(1.0, dtype=F64))
+            self.register_buffer("h", torch.tensor(0.0, dtype=F64))
+
+        def forward(self) -> Tensor:
+            self.h += 1
+            return 0.5 * self.h * self.w**2
+
+    model = Count()
+    lr = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    with metaopt.inner_loop(model, torch.optim.SGD(model.parameters(), lr=0.5), {"lr": lr}) as (fmodel, fopt):
+        fopt.step(fmodel())
+        fopt.step(fmodel())
+        fmodel().backward()
+    # w2 = (1 - lr) (1 - 2 lr) w0, the loss is 3/2 w2^2
+    w2 = (1 - lr) * (1 - 2 * lr)
+    (expected,) = torch.autograd.grad(1.5 * w2**2, lr)
+    assert distance(lr.grad, expected) < 1e-14
+    assert model.h == 0
+
+
 def test_a_call_takes_what_the_model_takes_and_returns_what_it_returns() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

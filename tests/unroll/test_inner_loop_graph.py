@@ -278,8 +278,8 @@ def test_under_no_grad_the_numbers_are_the_same_and_no_graph_is_kept(case: Case)
             for x, y in scenario.training:
                 loss = case.sign * mse(fmodel(x), y)
                 fopt.step(loss)
+                check(fmodel)  # while the loss is still there
                 del loss
-                check(fmodel)
         return fmodel.params, fmodel.buffers
 
     expected = train(lambda fmodel: None)

@@ -22,6 +22,7 @@ from tests.unroll.inner_loop_by_hand import (
     Case,
     Recurrent,
     Scenario,
+    convolutional,
     count_kept,
     distance,
     layered,
@@ -104,6 +105,32 @@ def test_the_live_model_runs_with_its_own_weights_inside_the_block() -> None:
         fopt.step(fmodel(x).sum())
         assert torch.equal(model(x), expected)
         assert not torch.equal(fmodel(x), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_the_live_model_inside_the_block_does_not_change_the_loop(case: Case) -> None:
+    """Parameters, buffers and state are read at the start."""
+    results = []
+    for interfere in (False, True):
+        torch.manual_seed(0)
+        scenario = convolutional()
+        model, optimizer = scenario.model, scenario.optimizer(case)
+        model.drop.eval()
+        x, y = scenario.training[0]
+        (case.sign * mse(model(x), y)).backward()
+        optimizer.step()
+        values = case.values()
+        with metaopt.inner_loop(model, optimizer, values) as (fmodel, fopt):
+            for _ in range(3):
+                fopt.step(case.sign * mse(fmodel(x), y))
+                if interfere:
+                    model(x)
+                    optimizer.step()
+            loss = mse(fmodel(x), y)
+            slopes = torch.autograd.grad(loss, list(tensors(values)), allow_unused=True)
+        results.append([loss, *(slope for slope in slopes if slope is not None), *fmodel.buffers.values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
