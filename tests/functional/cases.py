@@ -67,7 +67,8 @@ PEERS = {
             *_adam_variants(decoupled_weight_decay=True)[:3],
             variant(lr=0.05, betas=(0.9, 0.95), eps=0.0, weight_decay=0.1),
             variant(lr=0.05, betas=(0.9, 0.7)),  # rho_inf = 5.67: rectified late
-            variant(lr=0.05, betas=(0.9, 0.5), flat="betas[1] eps"),  # (rho_inf - 4) (rho_inf - 2) < 0
+            # (rho_inf - 4) (rho_inf - 2) < 0; and 0 / 0, in the branch not taken
+            variant(lr=0.05, betas=(0.9, 0.5), eps=0.0, flat="betas[1] eps"),
             variant(lr=0.05, betas=(0.0, 0.0), flat="betas[1] eps"),
         ],
     ),
