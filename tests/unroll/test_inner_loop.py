@@ -128,7 +128,7 @@ def test_a_buffer_that_is_updated_in_place_does_not_spoil_the_graph_of_earlier_c
 
         def forward(self) -> Tensor:
             self.h += 1
-            return 0.5 * self.h * self.w**2
+            return 0.5 * (self.h * self.w) ** 2
 
     model = Count()
     lr = torch.tensor(0.1, dtype=F64, requires_grad=True)
@@ -136,9 +136,9 @@ def test_a_buffer_that_is_updated_in_place_does_not_spoil_the_graph_of_earlier_c
         fopt.step(fmodel())
         fopt.step(fmodel())
         fmodel().backward()
-    # w2 = (1 - lr) (1 - 2 lr) w0, the loss is 3/2 w2^2
-    w2 = (1 - lr) * (1 - 2 * lr)
-    (expected,) = torch.autograd.grad(1.5 * w2**2, lr)
+    # the gradients are w0 and 4 w1, the loss is (3 w2)^2 / 2
+    w2 = (1 - lr) * (1 - 4 * lr)
+    (expected,) = torch.autograd.grad(4.5 * w2**2, lr)
     assert distance(lr.grad, expected) < 1e-14
     assert model.h == 0
 

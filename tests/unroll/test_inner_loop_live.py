@@ -122,10 +122,10 @@ def test_training_the_live_model_inside_the_block_does_not_change_the_loop(case:
         values = case.values()
         with metaopt.inner_loop(model, optimizer, values) as (fmodel, fopt):
             for _ in range(3):
-                fopt.step(case.sign * mse(fmodel(x), y))
                 if interfere:
                     model(x)
                     optimizer.step()
+                fopt.step(case.sign * mse(fmodel(x), y))
             loss = mse(fmodel(x), y)
             slopes = torch.autograd.grad(loss, list(tensors(values)), allow_unused=True)
         results.append([loss, *(slope for slope in slopes if slope is not None), *fmodel.buffers.values()])
