@@ -22,7 +22,7 @@ from tests.unroll.inner_loop_by_hand import (
     tensors,
 )
 
-TOLERANCE = 1e-10
+TOLERANCE = 1e-11
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -28,7 +28,7 @@ from tests.unroll.inner_loop_by_hand import (
     tensors,
 )
 
-TOLERANCE = 1e-10
+TOLERANCE = 1e-11
 
 
 def gradients(learned: list[Tensor], model: nn.Module) -> list[Tensor | None]:

@@ -287,8 +287,8 @@ def test_plain_steps_inner_steps_plain_steps_equal_plain_steps(
     train(actual, optimizer, range(before + 7, before + 10))
 
     for (name, p), q in zip(actual.named_parameters(), expected.parameters(), strict=True):
-        assert distance(p, q) < 1e-12, name
-    assert_same_state(optimizer, expected_optimizer, 1e-12)
+        assert distance(p, q) < 5e-12, name
+    assert_same_state(optimizer, expected_optimizer, 5e-12)
     assert actual.calls == expected.calls == before + 10
     # hidden.weight, hidden.bias, late, never, out.weight, out.bias
     assert 3 not in middle
