@@ -148,7 +148,7 @@ def test_gradients_equal_finite_differences_of_torch(kind: Any, flags: Any, valu
             return PROBLEM.meta_loss(train_torch(kind, flags, changed, start)).detach()
 
         expected, rounding = difference(f, value)
-        assert abs(float(slopes[index]) - expected) <= 1e-6 * abs(expected) + rounding
+        assert abs(float(slopes[index]) - expected) <= 1e-8 * abs(expected) + rounding
 
     generator = torch.Generator().manual_seed(0)
     direction = {name: torch.randn(p.shape, dtype=F64, generator=generator) for name, p in start.items()}
@@ -159,7 +159,7 @@ def test_gradients_equal_finite_differences_of_torch(kind: Any, flags: Any, valu
 
     expected, rounding = difference(along, 0.0)
     slope = sum(float((s * d).sum()) for s, d in zip(slopes[len(flat) :], direction.values(), strict=True))
-    assert abs(slope - expected) <= 1e-6 * abs(expected) + rounding
+    assert abs(slope - expected) <= 1e-8 * abs(expected) + rounding
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
