@@ -17,6 +17,11 @@ class Difference(NamedTuple):
     value: Tensor
     error: Tensor
 
+    def improved(self, value: Tensor, error: Tensor) -> Difference:
+        """With each entry of another estimate that is better."""
+        better = error < self.error
+        return Difference(torch.where(better, value, self.value), torch.where(better, error, self.error))
+
 
 def derivative(f: Callable[[float], Tensor], x: float, lowest: float = 0.0) -> Difference:
     """The derivative of a function of one number at ``x``, by five-point formulas of fourth order.
@@ -34,21 +39,18 @@ def derivative(f: Callable[[float], Tensor], x: float, lowest: float = 0.0) -> D
     one_sided = x - lowest < 1e-4
     scale = 1.0 if one_sided else min(abs(x - lowest), abs(1.0 - x) or 1.0)
     origin = f(x)
-    best = last = None
+    last = best = None
     for rung in range(16):
         h = scale / 40 * 8.0**-rung
         value = (_forward(f, x, h, origin) if one_sided else _central(f, x, h)) / (12.0 * h)
-        # What is differenced was itself rounded, a few times over.
-        rounding = 4 * _ROUNDING * origin.abs() / h
-        if best is not None and bool(((rounding > best.error) | (best.error <= 1e-8 * best.value.abs())).all()):
-            break
+        # What is differenced was itself rounded a few times over; and so was x, if only in 1 - x.
+        rounding = 4 * _ROUNDING * (origin.abs() + 16 * abs(x) * value.abs()) / h
         if last is not None:
-            # A step 8 times smaller makes a fourth-order error 4096 times smaller; 64 leaves a margin.
-            error = (value - last).abs() / 64 + rounding
-            if best is None:
-                best = Difference(value, error)
-            better = error < best.error
-            best = Difference(torch.where(better, value, best.value), torch.where(better, error, best.error))
+            # A step 8 times smaller makes a fourth-order error 4096 times smaller; 1024 leaves a margin.
+            error = (value - last).abs() / 1024 + rounding
+            best = Difference(value, error) if best is None else best.improved(value, error)
+            if bool(((8 * rounding > best.error) | (best.error <= 1e-8 * best.value.abs())).all()):
+                break
         last = value
     assert best is not None
     return best
