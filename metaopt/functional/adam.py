@@ -8,18 +8,16 @@ with ``g + weight_decay p`` in place of ``g`` (Adam), or ``p (1 - lr weight_deca
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from metaopt.functional.optimizer import Elementwise, Params
-from metaopt.functional.values import ZERO, Domain, Once
+from metaopt.functional.moments import Moments, domains
+from metaopt.functional.optimizer import Params
+from metaopt.functional.values import Once
 from metaopt.numerics import one_minus_power, safe_sqrt
-
-_NON_NEGATIVE = constraints.greater_than_eq(0.0)
-_BETA = constraints.half_open_interval(0.0, 1.0)
 
 
 class AdamState(NamedTuple):
@@ -28,62 +26,20 @@ class AdamState(NamedTuple):
     exp_avg_sq: Params
 
 
-class _Coefficients(NamedTuple):
-    beta1: Tensor
-    one_minus_beta1: Tensor
-    beta2: Tensor
-    one_minus_beta2: Tensor
-    step_size: Tensor
+class _Direction(NamedTuple):
     root_correction: Tensor
     eps: Tensor
-    weight_decay: Tensor | None
-    shrink: Tensor | None
 
 
-class Adam(Elementwise[AdamState]):
+class Adam(Moments[AdamState]):
     State = AdamState
-    domains: ClassVar = {
-        "lr": Domain(_NON_NEGATIVE, constraints.positive),
-        "betas": Domain((_BETA, _BETA), (constraints.unit_interval, constraints.unit_interval)),
-        "eps": Domain(_NON_NEGATIVE, constraints.positive),
-        "weight_decay": Domain(_NON_NEGATIVE, constraints.nonnegative),
-    }
+    domains = domains(beta2=constraints.unit_interval)
 
-    def init_leaf(self, param: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        return torch.zeros_like(param), torch.zeros_like(param)
+    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> tuple[Tensor | float, _Direction]:
+        return 1.0, _Direction(root_correction=once(_root_correction, beta2, step), eps=eps)
 
-    def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> _Coefficients:
-        lr, beta1, beta2, eps, weight_decay = values
-        decays = weight_decay is not ZERO
-        decoupled = self.flags["decoupled_weight_decay"]
-        return _Coefficients(
-            beta1=beta1,
-            one_minus_beta1=once(_one_minus, beta1),
-            beta2=beta2,
-            one_minus_beta2=once(_one_minus, beta2),
-            step_size=lr / once(one_minus_power, beta1, step),
-            root_correction=once(_root_correction, beta2, step),
-            eps=eps,
-            weight_decay=weight_decay if decays and not decoupled else None,
-            shrink=1.0 - lr * weight_decay if decays and decoupled else None,
-        )
-
-    def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Any) -> tuple[Tensor, ...]:
-        exp_avg, exp_avg_sq = state
-        if self.flags["maximize"]:
-            grad = -grad
-        if c.weight_decay is not None:
-            grad = grad + c.weight_decay * param
-        exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad
-        exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad
-        direction = exp_avg / (safe_sqrt(exp_avg_sq) / c.root_correction + c.eps)
-        if c.shrink is not None:
-            param = c.shrink * param
-        return param - c.step_size * direction, exp_avg, exp_avg_sq
-
-
-def _one_minus(x: Tensor) -> Tensor:
-    return 1.0 - x
+    def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, c: _Direction) -> Tensor:
+        return exp_avg / (safe_sqrt(exp_avg_sq) / c.root_correction + c.eps)
 
 
 def _root_correction(beta2: Tensor, step: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class Elementwise(ABC, Generic[StateT]):
         """The state of one parameter, after ``step``. ``values``: all hyperparameters, pairs laid flat, in order."""
 
     @abstractmethod
-    def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> tuple[Tensor | None, ...]:
-        """A NamedTuple of all that depends on the step (from 1) and the hyperparameters alone, in float64."""
+    def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> tuple[Any, ...]:
+        """A (nested) NamedTuple of all that depends on the step (from 1) and the hyperparameters alone, in float64."""
 
     @abstractmethod
     def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Any) -> tuple[Tensor, ...]:
@@ -294,8 +294,13 @@ def _last_dimension(value: Tensor) -> Tensor:
 
 
 def _cast(c: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A (nested) NamedTuple of coefficients for a parameter of this dtype on this device."""
+    if c is None:
+        return None
+    if isinstance(c, tuple):
+        return type(c)(*(_cast(x, dtype, device) for x in c))
     # torch keeps its counters on the CPU, and so are the coefficients of a state that was loaded from there.
-    return type(c)(*(x if x is None else x.to(device, dtype if x.is_floating_point() else x.dtype) for x in c))
+    return c.to(device, dtype if c.is_floating_point() else c.dtype)
 
 
 # Half precision is computed in float32: in bfloat16 even beta2 = .999 would round to 1.

@@ -10,18 +10,16 @@ torch, eps stands outside the bias correction and the threshold is 5. See `metao
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from metaopt.functional.optimizer import Elementwise, Params
-from metaopt.functional.values import ZERO, Domain, Once
+from metaopt.functional.moments import Moments, domains
+from metaopt.functional.optimizer import Params
+from metaopt.functional.values import Once
 from metaopt.numerics import one_minus_power, rectification, safe_sqrt
-
-_NON_NEGATIVE = constraints.greater_than_eq(0.0)
-_BETA = constraints.half_open_interval(0.0, 1.0)
 
 
 class RAdamState(NamedTuple):
@@ -30,67 +28,24 @@ class RAdamState(NamedTuple):
     exp_avg_sq: Params
 
 
-class _Coefficients(NamedTuple):
-    beta1: Tensor
-    one_minus_beta1: Tensor
-    beta2: Tensor
-    one_minus_beta2: Tensor
-    step_size: Tensor
+class _Direction(NamedTuple):
     eps: Tensor
     rectified: Tensor
-    weight_decay: Tensor | None
-    shrink: Tensor | None
 
 
-class RAdam(Elementwise[RAdamState]):
+class RAdam(Moments[RAdamState]):
     State = RAdamState
-    domains: ClassVar = {
-        "lr": Domain(_NON_NEGATIVE, constraints.positive),
-        # Above 2/3, or no step is ever rectified (rho_inf <= 5) and beta2 has no effect.
-        "betas": Domain((_BETA, _BETA), (constraints.unit_interval, constraints.interval(2 / 3, 1.0))),
-        "eps": Domain(_NON_NEGATIVE, constraints.positive),
-        "weight_decay": Domain(_NON_NEGATIVE, constraints.nonnegative),
-    }
+    # Above 2/3, or no step is ever rectified (rho_inf <= 5) and beta2 has no effect.
+    domains = domains(beta2=constraints.interval(2 / 3, 1.0))
 
-    def init_leaf(self, param: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        return torch.zeros_like(param), torch.zeros_like(param)
-
-    def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> _Coefficients:
-        lr, beta1, beta2, eps, weight_decay = values
+    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> tuple[Tensor | float, _Direction]:
         rectified, factor = once(rectification, beta2, step)
         adaptive = once(_adaptive_scale, once(one_minus_power, beta2, step), rectified, factor)
-        decays = weight_decay is not ZERO
-        decoupled = self.flags["decoupled_weight_decay"]
-        return _Coefficients(
-            beta1=beta1,
-            one_minus_beta1=once(_one_minus, beta1),
-            beta2=beta2,
-            one_minus_beta2=once(_one_minus, beta2),
-            step_size=lr * adaptive / once(one_minus_power, beta1, step),
-            # Where a step is not rectified, m / (sqrt(v) + eps) is computed and not used: it must still be finite.
-            eps=torch.where(rectified, eps, 1.0),
-            rectified=rectified,
-            weight_decay=weight_decay if decays and not decoupled else None,
-            shrink=1.0 - lr * weight_decay if decays and decoupled else None,
-        )
+        # Where a step is not rectified, m / (sqrt(v) + eps) is computed and not used: it must still be finite.
+        return adaptive, _Direction(eps=torch.where(rectified, eps, 1.0), rectified=rectified)
 
-    def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Any) -> tuple[Tensor, ...]:
-        exp_avg, exp_avg_sq = state
-        if self.flags["maximize"]:
-            grad = -grad
-        if c.weight_decay is not None:
-            grad = grad + c.weight_decay * param
-        exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad
-        # torch's order of products, which overflows where torch does and not earlier.
-        exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad
-        direction = torch.where(c.rectified, exp_avg / (safe_sqrt(exp_avg_sq) + c.eps), exp_avg)
-        if c.shrink is not None:
-            param = c.shrink * param
-        return param - c.step_size * direction, exp_avg, exp_avg_sq
-
-
-def _one_minus(x: Tensor) -> Tensor:
-    return 1.0 - x
+    def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, c: _Direction) -> Tensor:
+        return torch.where(c.rectified, exp_avg / (safe_sqrt(exp_avg_sq) + c.eps), exp_avg)
 
 
 def _adaptive_scale(one_minus_beta2_power: Tensor, rectified: Tensor, factor: Tensor) -> Tensor:
