@@ -52,9 +52,9 @@ class Config:
 
     optimizer: Literal["both", "radam", "rprop"] = "both"
     task: Literal["digits-mlp", "digits-convnet", "quadratic"] = "digits-mlp"
-    steps: int = 40
+    steps: int = 60
     """Inner training steps: the horizon."""
-    meta_steps: int = 80
+    meta_steps: int = 60
     """Steps of the meta-optimizer, and trials of each random search."""
     replicas: int = 4
     """Runs per meta-step and per trial."""

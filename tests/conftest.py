@@ -7,6 +7,9 @@ import warnings
 import pytest
 import torch
 
+# Tensors here are small: a second thread costs more than it brings, and the second core has tests of its own to run.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def forward_mode() -> None:
