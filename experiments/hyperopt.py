@@ -11,8 +11,8 @@ Everything is judged on fresh seeds and on the test split, at the trained horizo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -32,6 +32,7 @@ from experiments.parts.running import Trial, random_search
 from experiments.parts.space import RADAM, RPROP, Range, Space, draw, fill
 from metaopt import PerParameter, Schedule
 from metaopt.functional import Optimizer
+from metaopt.functional.tree import Tree
 from metaopt.tasks import Digits, NoisyQuadratic, Replicas, Task, convnet
 from metaopt.tracking import JSONL
 
@@ -44,6 +45,15 @@ OPTIMIZERS: Mapping[str, tuple[Callable[[], Optimizer], Space]] = {
     "radam": (metaopt.functional.radam, RADAM),
     "rprop": (metaopt.functional.rprop, RPROP),
 }
+
+
+# name, space, and whether the learning rate falls along a cosine
+SEARCHES = (
+    ("random search, scalars", "scalars", False),
+    ("random search, scalars, cosine", "scalars", True),
+    ("random search, per step and parameter", "schedules", False),
+)
+LEARNED = (("learned, scalars", "scalars"), ("learned, per step and parameter", "schedules"))
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class Config:
                 raise ValueError(f"{name} must be > 0, got {name}={getattr(self, name)}")
 
     @property
+    def trainings(self) -> int:
+        """Training runs that a search or a meta-training run may spend."""
+        return self.meta_steps * self.replicas
+
+    @property
     def optimizers(self) -> tuple[str, ...]:
         return tuple(OPTIMIZERS) if self.optimizer == "both" else (self.optimizer,)
 
@@ -105,21 +120,26 @@ def sample(config: Config, optimizer: str, names: list[str], space: str, generat
     return fill(ranges, make)
 
 
-def search(config: Config, optimizer: str, space: str, cosine: bool) -> list[Trial]:
-    """A random search with as many inner steps as a meta-training run takes. Runs in a process of its own."""
-    torch.set_num_threads(1)
+def judge(config: Config, optimizer: str, contender: Contender) -> Result:
+    """Train and test a contender on fresh seeds."""
     task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
-    names = list(metaopt.functional.tree.Tree(task.init(None)).names)
-    return random_search(
+    return evaluate(task, make(), optimizer, contender, config.steps, config.seeds)
+
+
+def search(config: Config, optimizer: str, name: str, space: str, cosine: bool) -> tuple[list[Trial], Result]:
+    """A random search with as many inner steps as a meta-training run takes; its trials, and its best one judged."""
+    task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
+    trials = random_search(
         task,
         make(),
-        partial(sample, config, optimizer, names, space),
+        partial(sample, config, optimizer, Tree(task.init(None)).names, space),
         partial(read, optimizer=optimizer, cosine_steps=config.steps if cosine else None),
         trials=config.meta_steps,
         steps=config.steps,
         replicas=config.replicas,
         seed=config.seed,
     )
+    return trials, judge(config, optimizer, Contender(name, trials[0].values, cosine, config.trainings))
 
 
 def starts(config: Config, optimizer: str, names: list[str], space: str) -> dict[str, Any]:
@@ -137,11 +157,10 @@ def starts(config: Config, optimizer: str, names: list[str], space: str) -> dict
     return fill(ranges, make)
 
 
-def learn(config: Config, optimizer: str, space: str) -> tuple[dict[str, Any], metaopt.train.MetaTrainResult]:
-    """Meta-train; the learned numbers and the history."""
+def learn(config: Config, optimizer: str, name: str, space: str) -> tuple[list[dict[str, Any]], Result]:
+    """Meta-train; the history, and what was learned judged."""
     task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
-    opt = make()
-    names = list(metaopt.functional.tree.Tree(task.init(None)).names)
+    opt, names = make(), Tree(task.init(None)).names
     hyper = metaopt.Hyperparameters(opt, learn=starts(config, optimizer, names, space))
     meta_optimizer = torch.optim.Adam(hyper.parameters(), lr=config.meta_lr, betas=(0.9, 0.99))
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, config.meta_steps)
@@ -161,23 +180,11 @@ def learn(config: Config, optimizer: str, space: str) -> tuple[dict[str, Any], m
         metaopt.metagrad.Unrolled(config.steps),
         meta_optimizer,
         steps=config.meta_steps,
-        tracker=JSONL(config.out / "record.jsonl", optimizer=optimizer, study=f"learned {space}"),
+        tracker=JSONL(config.out / "record.jsonl", optimizer=optimizer, study=name),
         generator=torch.Generator().manual_seed(config.seed),
     )
-    return hyper.numbers(), result
-
-
-def contenders(
-    config: Config, optimizer: str, searches: Mapping[str, list[Trial]], learned: Mapping[str, dict[str, Any]]
-) -> Iterator[Contender]:
-    """Everybody who is compared, each with the number of training runs that its hyperparameters cost."""
-    cost = config.meta_steps * config.replicas
-    yield Contender("torch's defaults", {})
-    yield Contender("random search, scalars", searches["scalars"][0].values, trainings=cost)
-    yield Contender("random search, scalars, cosine", searches["cosine"][0].values, cosine=True, trainings=cost)
-    yield Contender("random search, per step and parameter", searches["schedules"][0].values, trainings=cost)
-    yield Contender("learned, scalars", learned["scalars"], trainings=cost)
-    yield Contender("learned, per step and parameter", learned["schedules"], trainings=cost)
+    contender = Contender(name, hyper.numbers(), trainings=config.trainings)
+    return result.history, judge(config, optimizer, contender)
 
 
 def main(config: Config) -> dict[str, list[Result]]:
@@ -188,36 +195,36 @@ def main(config: Config) -> dict[str, list[Result]]:
     record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     started = perf_counter()
-    learned: dict[str, dict[str, dict[str, Any]]] = {}
     histories: dict[str, dict[str, list[dict[str, Any]]]] = {}
     results: dict[str, list[Result]] = {}
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        # The searches run in a second process while this one learns.
-        searches: dict[str, dict[str, Future[list[Trial]]]] = {
-            optimizer: {
-                "scalars": pool.submit(search, config, optimizer, "scalars", False),
-                "cosine": pool.submit(search, config, optimizer, "scalars", True),
-                "schedules": pool.submit(search, config, optimizer, "schedules", False),
-            }
+    # The searches run in a second process while this one learns.
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        defaults = {
+            optimizer: pool.submit(judge, config, optimizer, Contender("torch's defaults", {}))
             for optimizer in config.optimizers
         }
+        searches = {
+            optimizer: [pool.submit(search, config, optimizer, *search_of) for search_of in SEARCHES]
+            for optimizer in config.optimizers
+        }
+        learned: dict[str, list[Result]] = {}
         for optimizer in config.optimizers:
-            learned[optimizer], histories[optimizer] = {}, {}
-            for space in ("scalars", "schedules"):
-                console.print(f"[bold]{optimizer}[/]: learning {table.SPACES[space]} through {config.steps} steps")
-                learned[optimizer][space], result = learn(config, optimizer, space)
-                histories[optimizer][space] = result.history
-        console.print("waiting for the random searches, then evaluating on fresh seeds")
+            histories[optimizer], learned[optimizer] = {}, []
+            for name, space in LEARNED:
+                console.print(f"[bold]{optimizer}[/], {name}: through {config.steps} steps of training")
+                histories[optimizer][name], judged = learn(config, optimizer, name, space)
+                learned[optimizer].append(judged)
+        console.print("waiting for the random searches")
         for optimizer in config.optimizers:
-            task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
-            found = {name: future.result() for name, future in searches[optimizer].items()}
-            for name, trials in found.items():
-                tracker = JSONL(record, optimizer=optimizer, study=f"random search {name}")
+            found = [future.result() for future in searches[optimizer]]
+            for trials, best in found:
+                tracker = JSONL(record, optimizer=optimizer, study=best.contender.name)
                 for rank, trial in enumerate(trials):
                     tracker.log(asdict(trial), rank)
             results[optimizer] = [
-                evaluate(task, make(), optimizer, contender, config.steps, config.seeds)
-                for contender in contenders(config, optimizer, found, learned[optimizer])
+                defaults[optimizer].result(),
+                *(best for _, best in found),
+                *learned[optimizer],
             ]
             tracker = JSONL(record, optimizer=optimizer, study="evaluation")
             for row, judged in enumerate(results[optimizer]):

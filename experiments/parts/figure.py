@@ -21,14 +21,14 @@ def save(path: Path, results: Mapping[str, list[Result]], histories: Mapping[str
     Args:
         path: where to.
         results: the contenders' results by optimizer, torch's defaults first.
-        histories: by optimizer and space (scalars, schedules), what meta-training logged.
+        histories: by optimizer and study, the one of scalars first: what meta-training logged.
     """
     with rc_context({"font.size": 9, "axes.titlesize": "medium", "legend.fontsize": "small", "svg.fonttype": "none"}):
         figure = Figure(figsize=(16, 3.6 * len(results)), layout="constrained")
         rows = figure.subplots(len(results), 4, squeeze=False)
         for (optimizer, contenders), (loss, values, schedule, training) in zip(results.items(), rows, strict=True):
             _meta_losses(loss, optimizer, histories[optimizer])
-            _trajectories(values, optimizer, histories[optimizer]["scalars"])
+            _trajectories(values, optimizer, next(iter(histories[optimizer].values())))
             _schedules(schedule, contenders[-1].contender.numbers)
             _training(training, contenders)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,9 +37,8 @@ def save(path: Path, results: Mapping[str, list[Result]], histories: Mapping[str
 
 
 def _meta_losses(axes: Axes, optimizer: str, histories: Mapping[str, History]) -> None:
-    for space, history in histories.items():
-        label = "scalars" if space == "scalars" else "per step and parameter"
-        axes.plot([record["meta_loss"] for record in history], label=label)
+    for study, history in histories.items():
+        axes.plot([record["meta_loss"] for record in history], label=study)
     axes.set(title=f"{optimizer}: meta-loss", xlabel="meta-step", ylabel="validation loss", yscale="log")
     axes.legend()
 

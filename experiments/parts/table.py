@@ -11,7 +11,6 @@ from torch import Tensor
 from experiments.parts.evaluation import Result
 
 WIDTH = 128  # what the table needs where the output has no width, as in a file
-SPACES = {"scalars": "scalars", "schedules": "values per step and parameter"}
 
 
 def make(results: Mapping[str, list[Result]], steps: int, seeds: int) -> Table:

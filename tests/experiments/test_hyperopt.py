@@ -64,11 +64,11 @@ def test_record_holds_learning_trials_and_evaluation(outcome):
     for line in lines:
         by_study.setdefault((line["optimizer"], line["study"]), []).append(line)
     for optimizer, rows in results.items():
-        for space in ("scalars", "schedules"):
-            learned = by_study[optimizer, f"learned {space}"]
+        for space in ("scalars", "per step and parameter"):
+            learned = by_study[optimizer, f"learned, {space}"]
             assert [line["step"] for line in learned] == list(range(config.meta_steps))
             assert all(math.isfinite(line["meta_loss"]) and line["grad_norm"] > 0 for line in learned)
-            trials = by_study[optimizer, f"random search {space}"]
+            trials = by_study[optimizer, f"random search, {space}"]
             assert [t["meta_loss"] for t in trials] == sorted(t["meta_loss"] for t in trials)
         evaluated = by_study[optimizer, "evaluation"]
         assert [line["test_loss"] for line in evaluated] == [row.loss.tolist() for row in rows]
