@@ -39,12 +39,14 @@ def derivative(f: Callable[[float], Tensor], x: float, lowest: float = 0.0) -> D
     one_sided = x - lowest < 1e-4
     scale = 1.0 if one_sided else min(abs(x - lowest), abs(1.0 - x) or 1.0)
     origin = f(x)
+    # An entry of a vector is computed from others, and no better rounded than these.
+    size = origin.abs().clamp(min=0.01 * origin.abs().max().item())
     last = best = None
     for rung in range(16):
         h = scale / 40 * 8.0**-rung
         value = (_forward(f, x, h, origin) if one_sided else _central(f, x, h)) / (12.0 * h)
         # What is differenced was itself rounded a few times over; and so was x, if only in 1 - x.
-        rounding = 4 * _ROUNDING * (origin.abs() + 16 * abs(x) * value.abs()) / h
+        rounding = 4 * _ROUNDING * (size + 16 * abs(x) * value.abs()) / h
         if last is not None:
             # A step 8 times smaller makes a fourth-order error 4096 times smaller; 1024 leaves a margin.
             error = (value - last).abs() / 1024 + rounding
