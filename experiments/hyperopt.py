@@ -66,7 +66,7 @@ class Config:
     """Inner training steps: the horizon."""
     meta_steps: int = 60
     """Steps of the meta-optimizer, and trials of each random search."""
-    replicas: int = 4
+    replicas: int = 3
     """Runs per meta-step and per trial."""
     meta_lr: float = 0.1
     """Adam's learning rate in unconstrained coordinates (log lr, logit beta), annealed to 0."""
