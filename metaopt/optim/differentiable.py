@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt.functional import Elementwise
+from metaopt.optim.checks import names
 
 
 def differentiable_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], opt: Elementwise[Any]) -> None:
@@ -21,7 +22,7 @@ def differentiable_step(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         group: one of its groups.
         opt: the functional optimizer with this group's flags and hyperparameters.
     """
-    live = {name: p for name, p in zip(_names(group), group["params"], strict=True) if p.grad is not None}
+    live = {name: p for name, p in zip(names(group), group["params"], strict=True) if p.grad is not None}
     for name, p in live.items():
         if p.grad.layout != torch.strided:
             raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients, got one for {name!r}")
@@ -40,13 +41,6 @@ def differentiable_step(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         optimizer.state[p].update({field: part[name] for field, part in new_state._asdict().items()})
         # torch counts in place: two parameters that share a counter would advance it twice once their state is loaded.
         optimizer.state[p]["step"] = new_state.step[name].clone()
-
-
-def _names(group: dict[str, Any]) -> list[str]:
-    """One name per parameter: the user's, or positions where there are none or two modules use the same."""
-    names: list[str] = group.get("param_names", [])
-    count = len(group["params"])
-    return names if len(set(names)) == count else [str(index) for index in range(count)]
 
 
 def state_of(

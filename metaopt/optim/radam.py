@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class RAdam(DropIn, torch.optim.RAdam):
 
     _torch_class = torch.optim.RAdam
     _functional = staticmethod(functional.radam)
+    _algorithm = "radam"
+    _state_keys = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -81,3 +84,7 @@ class RAdam(DropIn, torch.optim.RAdam):
             },
             fused,
         )
+
+    def _fused_arguments(self, group: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        return values, {"maximize": group["maximize"], "decoupled": group["decoupled_weight_decay"]}

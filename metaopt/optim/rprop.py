@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Rprop(DropIn, torch.optim.Rprop):
 
     _torch_class = torch.optim.Rprop
     _functional = staticmethod(functional.rprop)
+    _algorithm = "rprop"
+    _state_keys = ("prev", "step_size")
 
     def __init__(
         self,
@@ -75,3 +78,6 @@ class Rprop(DropIn, torch.optim.Rprop):
             },
             fused,
         )
+
+    def _fused_arguments(self, group: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        return (*group["etas"], *group["step_sizes"]), {"maximize": group["maximize"]}

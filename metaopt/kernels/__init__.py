@@ -1,0 +1,10 @@
+"""Fused updates for runs in which nothing is differentiated: Triton on a GPU, numba on a CPU.
+
+Imported by ``metaopt.optim`` when it steps; triton and numba are imported by the first step that needs them.
+"""
+
+from metaopt.kernels.layout import Misfit, Slot
+from metaopt.kernels.step import Prepared, launch, prepare
+from metaopt.kernels.support import refusal
+
+__all__ = ["Misfit", "Prepared", "Slot", "launch", "prepare", "refusal"]

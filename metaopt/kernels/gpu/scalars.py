@@ -1,0 +1,74 @@
+"""What the kernels share: scalar maths in float64, and addresses read from the table."""
+
+import triton
+import triton.language as tl
+
+# Fields of a row of layout.table.
+PARAM: tl.constexpr = tl.constexpr(0)
+GRAD: tl.constexpr = tl.constexpr(1)
+FIRST: tl.constexpr = tl.constexpr(2)
+SECOND: tl.constexpr = tl.constexpr(3)
+STEP: tl.constexpr = tl.constexpr(4)
+COUNT: tl.constexpr = tl.constexpr(5)
+FIRST_BLOCK: tl.constexpr = tl.constexpr(6)
+ROW: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def value(number, pointer):
+    """A hyperparameter: a number given at launch, or what a tensor on the device holds now."""
+    result = number
+    if pointer is not None:
+        result = tl.load(pointer).to(tl.float64)
+    return result
+
+
+@triton.jit
+def counters(rows, index, live):
+    """The addresses of the step counters of some rows."""
+    return tl.load(rows + index * ROW + STEP, mask=live, other=0).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def memory(row, field, dtype: tl.constexpr, start, ALIGNED: tl.constexpr):
+    """A pointer to element ``start`` of one of the tensors of a row."""
+    pointer = tl.load(row + field).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # lets the compiler move 128 bits at once
+    return pointer + start
+
+
+@triton.jit
+def one_minus_power(base, exponent):
+    """``1 - base**exponent`` in float64 for a base in [0, 1) and an exponent >= 1, without cancellation near 1.
+
+    ``expm1(x) = (u - 1) x / log(u)`` with ``u = exp(x)`` needs only functions that Triton and its interpreter share:
+    the rounding of ``u`` cancels in the quotient.
+
+    References:
+        Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed. 2002, section 1.14.1 (after Kahan).
+    """
+    x = exponent * tl.log(tl.where(base > 0.0, base, 0.5))
+    u = tl.exp(x)
+    regular = (u != 1.0) & (u != 0.0)
+    expm1 = (u - 1.0) * (x / tl.log(tl.where(regular, u, 0.5)))
+    expm1 = tl.where(regular, expm1, tl.where(u == 0.0, -1.0, x))
+    return tl.where(base > 0.0, -expm1, 1.0)
+
+
+@triton.jit
+def divide(x, y):
+    """The correctly rounded quotient; ``/`` is off by up to 2 ulp in float32."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def root(x):
+    """The correctly rounded square root."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)

@@ -1,0 +1,90 @@
+"""Which groups take a fused update, and how their tensors reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt import kernels
+from metaopt.optim.checks import name_of
+
+
+class Fused(torch.optim.Optimizer):
+    """The fused step of an optimizer with two states a parameter; mixed into the drop-ins."""
+
+    _algorithm: ClassVar[str]
+    _state_keys: ClassVar[tuple[str, str]]
+
+    def _fused_arguments(self, group: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        """The values and flags that ``kernels.fused_step`` takes for this algorithm."""
+        raise NotImplementedError
+
+    def _is_fused(self, group: dict[str, Any]) -> bool:
+        """Whether a group takes the fused update.
+
+        Raises:
+            RuntimeError: it must (``fused=True``) and cannot.
+        """
+        fused = group["fused"]
+        if fused is False or (fused is None and (group["foreach"] or torch.compiler.is_compiling())):
+            return False
+        live = [p for p in group["params"] if p.grad is not None]
+        if fused is None and not (live and all(p.is_cuda for p in live)):
+            return False
+        # One of each kind: whether an update can run depends on nothing else.
+        for p in {(type(p), p.device, p.dtype): p for p in live}.values():
+            reason = kernels.refusal(p, group.get("state_dtype"))
+            if reason and not fused:
+                return False
+            if reason:
+                raise RuntimeError(f"fused=True cannot update {name_of(self.param_groups, p)}: {reason}")
+        return True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` leaves unscaling, and skipping what is not finite, to this optimizer."""
+        return all(self._is_fused(group) for group in self.param_groups)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _fused_step(self, groups: list[dict[str, Any]]) -> None:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        caches: dict[int, Any] = self.__dict__.setdefault("_fused_caches", {})
+        try:
+            prepared = [kernels.prepare(self._slots(group), writes_grad=scale is not None) for group in groups]
+        except kernels.Misfit as misfit:
+            raise RuntimeError(f"{name_of(self.param_groups, misfit.slot.param)}: {misfit}") from misfit
+        for number, (group, ready) in enumerate(zip(groups, prepared, strict=True)):
+            values, flags = self._fused_arguments(group)
+            cache = caches.setdefault(number, {})
+            kernels.launch(self._algorithm, ready, values, flags, cache, scale, found_inf)
+
+    def _slots(self, group: dict[str, Any]) -> list[kernels.Slot]:
+        live = [p for p in group["params"] if p.grad is not None]
+        fresh = [p for p in live if not self.state.get(p)]
+        if fresh:
+            self._initialize(group, fresh)
+        first, second = self._state_keys
+        slots = []
+        for p in live:
+            state = self.state[p]
+            step = state["step"]
+            if step.device != p.device or step.dtype != torch.float32:
+                step = state["step"] = step.to(p.device, torch.float32)
+            slots.append(kernels.Slot(p, p.grad, state[first], state[second], step))
+        return slots
+
+    @torch.no_grad()
+    def _initialize(self, group: dict[str, Any], fresh: list[Tensor]) -> None:
+        """torch's own initial state, with counters on the GPU for parameters there."""
+        on_gpu = [p for p in fresh if p.is_cuda]
+        on_cpu = [p for p in fresh if not p.is_cuda]
+        for params, capturable in ((on_gpu, True), (on_cpu, False)):
+            view = {**group, "params": params, "capturable": capturable}
+            self._init_group(view, [], [], [], [], [])  # type: ignore[attr-defined]
+        dtype = group.get("state_dtype")
+        for p in fresh if dtype is not None else []:
+            for key in self._state_keys:
+                self.state[p][key] = self.state[p][key].to(dtype)
