@@ -3,8 +3,8 @@
 Imported by ``metaopt.optim`` when it steps; triton and numba are imported by the first step that needs them.
 """
 
-from metaopt.kernels.layout import Misfit, Slot
-from metaopt.kernels.step import Prepared, launch, prepare
+from metaopt.kernels.layout import Misfit, Prepared, Slot
+from metaopt.kernels.step import launch, prepare
 from metaopt.kernels.support import refusal
 
 __all__ = ["Misfit", "Prepared", "Slot", "launch", "prepare", "refusal"]

@@ -87,8 +87,16 @@ Kind = tuple[torch.device, torch.dtype, torch.dtype, torch.dtype]  # device; dty
 ROW = 8  # numbers in a row of a table, 64 bytes: two sectors of a GPU's memory, one line of a CPU's cache
 
 
-def tables(slots: list[Slot], writes_grad: bool = False) -> tuple[dict[Kind, Rows], list[CopyBack]]:
-    """Tables of addresses, one for each kind of slot, and the copies to make after the launches.
+class Prepared(NamedTuple):
+    """Slots laid out for their launches; nothing has been updated yet."""
+
+    tables: dict[Kind, Rows]
+    copies: list[CopyBack]  # to make after the launches
+    alive: list[Slot]  # a table holds addresses alone: without these the memory there would be given to others
+
+
+def tables(slots: list[Slot], writes_grad: bool = False) -> Prepared:
+    """Tables of addresses, one for each kind of slot.
 
     A row, int64: the addresses of parameter, gradient, first state, second state and step counter; the number of
     elements, a complex number counting as two; a place for the first block (see ``owners``); 0.
@@ -102,21 +110,24 @@ def tables(slots: list[Slot], writes_grad: bool = False) -> tuple[dict[Kind, Row
     """
     rows: dict[Kind, list[tuple[int, ...]]] = {}
     copies: list[CopyBack] = []
+    alive = list(slots)
     for slot in slots:  # one visit to each tensor: with thousands of small ones the time goes into reaching them
         p, g, first, second, step = slot
         count = p.numel()
         if not (g.numel() == first.numel() == second.numel() == count and second.dtype == first.dtype):
             raise Misfit(slot)
         if not (p.is_contiguous() and g.is_contiguous() and first.is_contiguous() and second.is_contiguous()):
-            (p, g, first, second, step), back = aligned(slot, writes_grad)
+            dense, back = aligned(slot, writes_grad)
+            p, g, first, second, step = dense
             copies += back
+            alive.append(dense)
         rows.setdefault((p.device, p.dtype, g.dtype, first.dtype), []).append(
             (p.data_ptr(), g.data_ptr(), first.data_ptr(), second.data_ptr(), step.data_ptr(), count, 0, 0)
         )
     made = {kind: np.array(flat, dtype=np.int64) for kind, flat in rows.items()}
     for (_, dtype, _, _), table in made.items():
         table[:, 5] *= 2 if dtype.is_complex else 1
-    return made, copies
+    return Prepared(made, copies, alive)
 
 
 def owners(rows: Rows, block: int) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -10,19 +9,10 @@ import torch
 from torch import Tensor
 
 from metaopt.kernels import layout
-from metaopt.kernels.layout import Slot
+from metaopt.kernels.layout import Prepared, Slot
 from metaopt.kernels.support import interpreted, is_distributed
 
 Cache = dict[Any, Any]
-
-
-@dataclasses.dataclass
-class Prepared:
-    """Slots laid out for their launches; nothing has been updated yet."""
-
-    tables: dict[layout.Kind, layout.Rows]
-    copies: list[layout.CopyBack]
-    slots: list[Slot]  # local parts, which keep the memory alive
 
 
 @torch.no_grad()
@@ -36,8 +26,7 @@ def prepare(slots: list[Slot], writes_grad: bool) -> Prepared:
     Raises:
         Misfit: a slot's tensors differ in size.
     """
-    slots = [_local(slot) if is_distributed(slot.param) else slot for slot in slots]
-    return Prepared(*layout.tables(slots, writes_grad), slots)
+    return layout.tables([_local(slot) if is_distributed(slot.param) else slot for slot in slots], writes_grad)
 
 
 @torch.no_grad()

@@ -31,12 +31,20 @@ class Fused(torch.optim.Optimizer):
         fused = group["fused"]
         if fused is False or (fused is None and (group["foreach"] or torch.compiler.is_compiling())):
             return False
+        return self._fits(group)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _fits(self, group: dict[str, Any]) -> bool:
+        """Whether a group that is not to be left to torch can take the fused update."""
+        fused = group["fused"]
         live = [p for p in group["params"] if p.grad is not None]
         if fused is None and not (live and all(p.is_cuda for p in live)):
             return False
         # One of each kind: whether an update can run depends on nothing else.
-        for p in {(type(p), p.device, p.dtype): p for p in live}.values():
+        for p in {(type(p), p.device, p.dtype, p.grad.dtype): p for p in live}.values():
             reason = kernels.refusal(p, group.get("state_dtype"))
+            if not reason and kernels.refusal(p, p.grad.dtype):  # a gradient of another dtype is read as a state is
+                reason = f"its dtype is {p.dtype}, and that of its gradient {p.grad.dtype}"
             if reason and not fused:
                 return False
             if reason:
@@ -52,20 +60,26 @@ class Fused(torch.optim.Optimizer):
     def _fused_step(self, groups: list[dict[str, Any]]) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         caches: dict[int, Any] = self.__dict__.setdefault("_fused_caches", {})
+        fresh: list[Tensor] = []
         try:
-            prepared = [kernels.prepare(self._slots(group), writes_grad=scale is not None) for group in groups]
+            prepared = [kernels.prepare(self._slots(group, fresh), writes_grad=scale is not None) for group in groups]
+            for ready in prepared:
+                _check_states(ready)
         except kernels.Misfit as misfit:
+            for p in fresh:
+                del self.state[p]
             raise RuntimeError(f"{name_of(self.param_groups, misfit.slot.param)}: {misfit}") from misfit
         for number, (group, ready) in enumerate(zip(groups, prepared, strict=True)):
             values, flags = self._fused_arguments(group)
             cache = caches.setdefault(number, {})
             kernels.launch(self._algorithm, ready, values, flags, cache, scale, found_inf)
 
-    def _slots(self, group: dict[str, Any]) -> list[kernels.Slot]:
+    def _slots(self, group: dict[str, Any], initialized: list[Tensor]) -> list[kernels.Slot]:
         live = [p for p in group["params"] if p.grad is not None]
         fresh = [p for p in live if not self.state.get(p)]
         if fresh:
             self._initialize(group, fresh)
+            initialized += fresh
         first, second = self._state_keys
         slots = []
         for p in live:
@@ -73,7 +87,10 @@ class Fused(torch.optim.Optimizer):
             step = state["step"]
             if step.device != p.device or step.dtype != torch.float32:
                 step = state["step"] = step.to(p.device, torch.float32)
-            slots.append(kernels.Slot(p, p.grad, state[first], state[second], step))
+            grad = p.grad
+            if grad.is_conj() or grad.is_neg():  # a kernel sees memory, which does not hold the value yet
+                grad = p.grad = grad.resolve_conj().resolve_neg()
+            slots.append(kernels.Slot(p, grad, state[first], state[second], step))
         return slots
 
     @torch.no_grad()
@@ -88,3 +105,15 @@ class Fused(torch.optim.Optimizer):
         for p in fresh if dtype is not None else []:
             for key in self._state_keys:
                 self.state[p][key] = self.state[p][key].to(dtype)
+
+
+def _check_states(prepared: kernels.Prepared) -> None:
+    """Refuse a state that a kernel would read as another dtype, as after ``model.double()`` in mid-training.
+
+    Raises:
+        Misfit: there is one.
+    """
+    for _, dtype, _, state in prepared.tables:
+        for slot in prepared.slots if state != dtype else ():
+            if slot.param.dtype == dtype and slot.first.dtype == state and kernels.refusal(slot.param, state):
+                raise kernels.Misfit(slot)

@@ -1,4 +1,4 @@
-"""``torch.optim.RAdam`` whose differentiable step is right."""
+"""``torch.optim.RAdam`` with a differentiable step that is right, and a fused one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metaopt.optim.base import DropIn
 
 
 class RAdam(DropIn, torch.optim.RAdam):
-    """Drop-in for ``torch.optim.RAdam``: everything that is not differentiable is torch's own code.
+    """Drop-in for ``torch.optim.RAdam``: what is neither differentiable nor fused is torch's own code.
 
     With ``differentiable=True`` every hyperparameter may be a tensor (0-d, or one that broadcasts against the
     parameters), autograd reaches all of them, and any number of steps can be unrolled. Parameters are then non-leaf
@@ -27,11 +27,14 @@ class RAdam(DropIn, torch.optim.RAdam):
         weight_decay: >= 0.
         decoupled_weight_decay: shrink the parameters rather than add an L2 penalty.
         foreach, maximize, capturable, differentiable: as in torch.
-        fused: None or False for torch's own code. True raises: there is no fused kernel yet.
+        fused: one pass over memory for all parameters. None takes it for CUDA parameters of floating point where
+            neither ``foreach`` nor ``differentiable`` is set; True always (on a CPU it needs ``metaopt[fused]``); False
+            never. A group may set ``"state_dtype": torch.float32`` to keep its state in that precision beside
+            half-precision parameters.
 
     Raises:
         ValueError: a hyperparameter outside its domain.
-        RuntimeError: ``fused=True``.
+        RuntimeError: ``fused=True`` together with ``foreach`` or ``differentiable``; in ``step``, if it cannot run.
 
     Example:
         >>> lr = torch.tensor(0.1, requires_grad=True)

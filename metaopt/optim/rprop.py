@@ -1,4 +1,4 @@
-"""``torch.optim.Rprop`` whose differentiable step is right."""
+"""``torch.optim.Rprop`` with a differentiable step that is right, and a fused one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metaopt.optim.base import DropIn
 
 
 class Rprop(DropIn, torch.optim.Rprop):
-    """Drop-in for ``torch.optim.Rprop``: everything that is not differentiable is torch's own code.
+    """Drop-in for ``torch.optim.Rprop``: what is neither differentiable nor fused is torch's own code.
 
     With ``differentiable=True`` every hyperparameter may be a tensor (0-d, or one that broadcasts against the
     parameters), autograd reaches all of them, and any number of steps can be unrolled. Parameters are then non-leaf
@@ -26,11 +26,14 @@ class Rprop(DropIn, torch.optim.Rprop):
         etas: factors (minus, plus) by which a step size shrinks and grows, 0 < minus < 1 < plus.
         step_sizes: the smallest and the largest step size.
         foreach, maximize, capturable, differentiable: as in torch.
-        fused: None or False for torch's own code. True raises: there is no fused kernel yet.
+        fused: one pass over memory for all parameters. None takes it for CUDA parameters of floating point where
+            neither ``foreach`` nor ``differentiable`` is set; True always (on a CPU it needs ``metaopt[fused]``); False
+            never. A group may set ``"state_dtype": torch.float32`` to keep its state in that precision beside
+            half-precision parameters.
 
     Raises:
         ValueError: a hyperparameter outside its domain.
-        RuntimeError: ``fused=True``.
+        RuntimeError: ``fused=True`` together with ``foreach`` or ``differentiable``; in ``step``, if it cannot run.
 
     Example:
         >>> etas = (torch.tensor(0.5), torch.tensor(1.2, requires_grad=True))

@@ -125,18 +125,19 @@ def _launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    _, param, grad, state = kind
+    kinds = [TYPES[dtype] for dtype in kind[1:]]
+    param, grad, state = kinds
     count = len(rows)
     if rows.device.type != "cuda":  # the interpreter would round numbers to float32
         values = tuple(torch.as_tensor(value, dtype=torch.float64) for value in values)
     numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
     pointers = [value if isinstance(value, Tensor) else None for value in values]
     types = {
-        "PARAM_TYPE": TYPES[param],
-        "GRAD_TYPE": TYPES[grad],
-        "STATE_TYPE": TYPES[state],
-        "COMPUTE_TYPE": tl.float64 if TYPES[param] == tl.float64 else tl.float32,
-        "ALIGNED": aligned,
+        "PARAM_TYPE": param,
+        "GRAD_TYPE": grad,
+        "STATE_TYPE": state,
+        "COMPUTE_TYPE": tl.float64 if param == tl.float64 else tl.float32,
+        "VECTOR": 16 // max(dtype.primitive_bitwidth // 8 for dtype in kinds) if aligned else 1,
         **{name.upper(): flag for name, flag in flags.items()},
         "BLOCK": BLOCK,
         "num_warps": WARPS,

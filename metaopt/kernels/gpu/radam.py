@@ -24,7 +24,7 @@ from metaopt.kernels.gpu.scalars import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def prepare(
     rows,
     coefficients,
@@ -88,7 +88,7 @@ def update(
     GRAD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
     COMPUTE_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -101,10 +101,10 @@ def update(
     row = rows + owner * ROW
     start = (tl.program_id(0) - tl.load(row + FIRST_BLOCK)) * BLOCK
     offset = tl.arange(0, BLOCK)
-    p_pointer = memory(row, PARAM, PARAM_TYPE, start, ALIGNED) + offset
-    g_pointer = memory(row, GRAD, GRAD_TYPE, start, ALIGNED) + offset
-    m_pointer = memory(row, FIRST, STATE_TYPE, start, ALIGNED) + offset
-    v_pointer = memory(row, SECOND, STATE_TYPE, start, ALIGNED) + offset
+    p_pointer = memory(row, PARAM, PARAM_TYPE, start, VECTOR) + offset
+    g_pointer = memory(row, GRAD, GRAD_TYPE, start, VECTOR) + offset
+    m_pointer = memory(row, FIRST, STATE_TYPE, start, VECTOR) + offset
+    v_pointer = memory(row, SECOND, STATE_TYPE, start, VECTOR) + offset
 
     correction1 = tl.load(coefficients + owner * 4).to(COMPUTE_TYPE)
     root_correction2 = tl.load(coefficients + owner * 4 + 1).to(COMPUTE_TYPE)

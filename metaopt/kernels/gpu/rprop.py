@@ -22,7 +22,7 @@ from metaopt.kernels.gpu.scalars import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def prepare(rows, count, found_inf, BLOCK: tl.constexpr):
     """Advance the step counters."""
     if found_inf is not None:
@@ -52,7 +52,7 @@ def update(
     GRAD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
     COMPUTE_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -63,10 +63,10 @@ def update(
     row = rows + tl.load(owners + tl.program_id(0)) * ROW
     start = (tl.program_id(0) - tl.load(row + FIRST_BLOCK)) * BLOCK
     offset = tl.arange(0, BLOCK)
-    p_pointer = memory(row, PARAM, PARAM_TYPE, start, ALIGNED) + offset
-    g_pointer = memory(row, GRAD, GRAD_TYPE, start, ALIGNED) + offset
-    prev_pointer = memory(row, FIRST, STATE_TYPE, start, ALIGNED) + offset
-    size_pointer = memory(row, SECOND, STATE_TYPE, start, ALIGNED) + offset
+    p_pointer = memory(row, PARAM, PARAM_TYPE, start, VECTOR) + offset
+    g_pointer = memory(row, GRAD, GRAD_TYPE, start, VECTOR) + offset
+    prev_pointer = memory(row, FIRST, STATE_TYPE, start, VECTOR) + offset
+    size_pointer = memory(row, SECOND, STATE_TYPE, start, VECTOR) + offset
 
     eta_minus = value(eta_minus, eta_minus_pointer).to(COMPUTE_TYPE)
     eta_plus = value(eta_plus, eta_plus_pointer).to(COMPUTE_TYPE)

@@ -30,12 +30,15 @@ def counters(rows, index, live):
 
 
 @triton.jit
-def memory(row, field, dtype: tl.constexpr, start, ALIGNED: tl.constexpr):
-    """A pointer to element ``start`` of one of the tensors of a row."""
+def memory(row, field, dtype: tl.constexpr, start, VECTOR: tl.constexpr):
+    """A pointer to element ``start`` of one of the tensors of a row.
+
+    The compiler may move ``VECTOR`` elements at once, as many of every tensor whatever its dtype: were they spread
+    differently over the threads, bringing them together would cost twice the registers and a trip through shared
+    memory.
+    """
     pointer = tl.load(row + field).to(tl.pointer_type(dtype))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)  # lets the compiler move 128 bits at once
-    return pointer + start
+    return tl.multiple_of(pointer, VECTOR * dtype.primitive_bitwidth // 8) + start
 
 
 @triton.jit
