@@ -74,11 +74,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 class Misfit(ValueError):
-    """The tensors of a slot do not belong together, so that a kernel would leave their memory."""
+    """The tensors of a slot do not belong together, or one not to itself: a kernel would write where it must not."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, reason: str | None = None) -> None:
         described = [f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in slot[:4]]
-        super().__init__("parameter, gradient and states do not fit each other: " + ", ".join(described))
+        super().__init__(reason or "parameter, gradient and states do not fit each other: " + ", ".join(described))
         self.slot = slot
 
 
@@ -106,7 +106,7 @@ def tables(slots: list[Slot], writes_grad: bool = False) -> Prepared:
         writes_grad: whether the kernels write the gradients too.
 
     Raises:
-        Misfit: a slot's tensors differ in size.
+        Misfit: a slot's tensors differ in size, or the parameter's elements share memory.
     """
     rows: dict[Kind, list[tuple[int, ...]]] = {}
     copies: list[CopyBack] = []
@@ -117,6 +117,8 @@ def tables(slots: list[Slot], writes_grad: bool = False) -> Prepared:
         if not (g.numel() == first.numel() == second.numel() == count and second.dtype == first.dtype):
             raise Misfit(slot)
         if not (p.is_contiguous() and g.is_contiguous() and first.is_contiguous() and second.is_contiguous()):
+            if overlaps_itself(p):
+                raise Misfit(slot, "several elements share one place in memory, and cannot be updated apart")
             dense, back = aligned(slot, writes_grad)
             p, g, first, second, step = dense
             copies += back

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import kernels
+from metaopt.kernels.support import is_distributed
 from metaopt.optim.checks import name_of
 
 
@@ -31,7 +32,8 @@ class Fused(torch.optim.Optimizer):
         fused = group["fused"]
         if fused is False or (fused is None and (group["foreach"] or torch.compiler.is_compiling())):
             return False
-        return self._fits(group)
+        fits: bool = self._fits(group)
+        return fits
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fits(self, group: dict[str, Any]) -> bool:
@@ -41,10 +43,12 @@ class Fused(torch.optim.Optimizer):
         if fused is None and not (live and all(p.is_cuda for p in live)):
             return False
         # One of each kind: whether an update can run depends on nothing else.
-        for p in {(type(p), p.device, p.dtype, p.grad.dtype): p for p in live}.values():
+        for p in {(type(p), p.device, p.dtype, p.grad.dtype, p.is_conj(), p.is_neg()): p for p in live}.values():
             reason = kernels.refusal(p, group.get("state_dtype"))
             if not reason and kernels.refusal(p, p.grad.dtype):  # a gradient of another dtype is read as a state is
                 reason = f"its dtype is {p.dtype}, and that of its gradient {p.grad.dtype}"
+            if not reason and (p.is_conj() or p.is_neg()):
+                reason = "it is a lazy conjugate or negative, whose memory is not its value"
             if reason and not fused:
                 return False
             if reason:
@@ -87,15 +91,14 @@ class Fused(torch.optim.Optimizer):
             step = state["step"]
             if step.device != p.device or step.dtype != torch.float32:
                 step = state["step"] = step.to(p.device, torch.float32)
-            grad = p.grad
-            if grad.is_conj() or grad.is_neg():  # a kernel sees memory, which does not hold the value yet
-                grad = p.grad = grad.resolve_conj().resolve_neg()
-            slots.append(kernels.Slot(p, grad, state[first], state[second], step))
+            slots.append(kernels.Slot(p, _settled_gradient(p), state[first], state[second], step))
         return slots
 
     @torch.no_grad()
     def _initialize(self, group: dict[str, Any], fresh: list[Tensor]) -> None:
         """torch's own initial state, with counters on the GPU for parameters there."""
+        for p in fresh:
+            _settled_gradient(p)  # torch's Rprop places a state as the gradient is
         on_gpu = [p for p in fresh if p.is_cuda]
         on_cpu = [p for p in fresh if not p.is_cuda]
         for params, capturable in ((on_gpu, True), (on_cpu, False)):
@@ -105,6 +108,19 @@ class Fused(torch.optim.Optimizer):
         for p in fresh if dtype is not None else []:
             for key in self._state_keys:
                 self.state[p][key] = self.state[p][key].to(dtype)
+            if "step_size" in self.state[p]:
+                self.state[p]["step_size"].fill_(group["lr"])  # which has been rounded to the parameter's dtype
+
+
+def _settled_gradient(p: Any) -> Tensor:
+    """The gradient, replaced if its memory is not its value: a lazy conjugate, a sum over processes not made yet."""
+    grad = p.grad
+    if grad.is_conj() or grad.is_neg():
+        grad = p.grad = grad.resolve_conj().resolve_neg()
+    if type(grad) is not Tensor and is_distributed(grad) and grad.placements != p.placements:
+        grad = p.grad = grad.redistribute(p.device_mesh, p.placements)
+    made: Tensor = grad
+    return made
 
 
 def _check_states(prepared: kernels.Prepared) -> None:
@@ -114,6 +130,6 @@ def _check_states(prepared: kernels.Prepared) -> None:
         Misfit: there is one.
     """
     for _, dtype, _, state in prepared.tables:
-        for slot in prepared.slots if state != dtype else ():
+        for slot in prepared.alive if state != dtype else ():
             if slot.param.dtype == dtype and slot.first.dtype == state and kernels.refusal(slot.param, state):
                 raise kernels.Misfit(slot)

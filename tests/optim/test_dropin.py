@@ -156,10 +156,14 @@ def test_fused_may_be_none_or_false(ours: Any, theirs: Any, fused: bool | None, 
 
 
 @pair
-@pytest.mark.parametrize("differentiable", [False, True])
-def test_fused_true_is_refused(ours: Any, theirs: Any, differentiable: bool) -> None:
-    with pytest.raises(RuntimeError, match=f"fused=True: {ours.__name__} has no fused kernel yet; use fused=None or"):
-        ours([torch.zeros(2)], fused=True, differentiable=differentiable)
+@pytest.mark.parametrize("other", ["differentiable", "foreach"])
+def test_fused_true_excludes_what_it_excludes_in_torchs_adam(ours: Any, theirs: Any, other: str) -> None:
+    errors = []
+    for kind in (torch.optim.Adam, ours):
+        with pytest.raises(RuntimeError) as caught:
+            kind([torch.zeros(2)], fused=True, **{other: True})
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 _BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
@@ -238,7 +242,7 @@ def test_a_sparse_gradient_is_refused(ours: Any, theirs: Any) -> None:
             kind([p], differentiable=differentiable).step()
         errors.append(str(caught.value))
         assert not p.any()
-    assert errors[0] == errors[1]
+    assert errors[1] == f"{errors[0]}: parameter 0 of group 0 has one"
 
 
 # Groups, names, zero_grad.

@@ -56,6 +56,8 @@ class Table:
             self.current = _unpacked(packed.to(device) if device.type != "cuda" else self._upload(packed, device), rows)
         if capturing:
             self.captured.append(self.current)
+        elif device.type == "cuda":  # it may have been uploaded on another stream
+            self.current[0].record_stream(torch.cuda.current_stream(device))
         return self.current
 
     def _upload(self, packed: Tensor, device: torch.device) -> Tensor:
