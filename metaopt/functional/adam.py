@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from metaopt.functional.moments import Moments, domains
+from metaopt.functional.moments import Moments, Scale, domains
 from metaopt.functional.optimizer import Params
 from metaopt.functional.values import Once
-from metaopt.numerics import one_minus_power, safe_sqrt
+from metaopt.numerics import one_minus_power
 
 
 class AdamState(NamedTuple):
@@ -26,20 +26,12 @@ class AdamState(NamedTuple):
     exp_avg_sq: Params
 
 
-class _Direction(NamedTuple):
-    root_correction: Tensor
-    eps: Tensor
-
-
 class Adam(Moments[AdamState]):
     State = AdamState
     domains = domains(beta2=constraints.unit_interval)
 
-    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> tuple[Tensor | float, _Direction]:
-        return 1.0, _Direction(root_correction=once(_root_correction, beta2, step), eps=eps)
-
-    def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, c: _Direction) -> Tensor:
-        return exp_avg / (safe_sqrt(exp_avg_sq) / c.root_correction + c.eps)
+    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> Scale:
+        return Scale(1.0, eps, root_correction=once(_root_correction, beta2, step), rectified=None)
 
 
 def _root_correction(beta2: Tensor, step: Tensor) -> Tensor:

@@ -2,20 +2,21 @@ r"""What Adam and RAdam share: running averages of the gradient and of its squar
 
     g <- g + weight_decay p                           (or, decoupled: p <- p (1 - lr weight_decay))
     m <- beta1 m + (1 - beta1) g                      v <- beta2 v + (1 - beta2) g^2
-    p <- p - lr scale / (1 - beta1^t) direction(m, v)
+    p <- p - lr factor / (1 - beta1^t) direction(m, v)
 
-An algorithm says what ``scale`` and ``direction`` are.
+An algorithm says what the factor is, and whether the direction is adaptive: m / (sqrt(v) / correction + eps), or m.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from metaopt.functional.moments_step import Inputs, moments_step
 from metaopt.functional.optimizer import Elementwise, StateT
 from metaopt.functional.values import ZERO, Domain, Once
 from metaopt.numerics import one_minus_power
@@ -42,19 +43,33 @@ class Coefficients(NamedTuple):
     step_size: Tensor
     weight_decay: Tensor | None
     shrink: Tensor | None
-    direction: Any  # what the algorithm's direction needs
+    eps: Tensor
+    root_correction: Tensor | None
+    rectified: Tensor | None
+
+
+class Scale(NamedTuple):
+    """What sets Adam and RAdam apart, in float64.
+
+    Attributes:
+        factor: of the step size.
+        eps: added to the root of the second moment, after ``root_correction``.
+        root_correction: what that root is divided by; None for 1.
+        rectified: a flag: whether the step is adaptive, and not a plain step along the first moment; None for always.
+    """
+
+    factor: Tensor | float
+    eps: Tensor
+    root_correction: Tensor | None
+    rectified: Tensor | None
 
 
 class Moments(Elementwise[StateT]):
     """The base of Adam and RAdam; flags are ``decoupled_weight_decay`` and ``maximize``."""
 
     @abstractmethod
-    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> tuple[Tensor | float, Any]:
-        """The factor of the step size, and a NamedTuple for `direction`, in float64."""
-
-    @abstractmethod
-    def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> Tensor:
-        """Where to go, before the step size. ``c`` is what `scale` returned, cast."""
+    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> Scale:
+        """What depends on the step, and on the algorithm."""
 
     @final
     def init_leaf(self, param: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +78,7 @@ class Moments(Elementwise[StateT]):
     @final
     def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> Coefficients:
         lr, beta1, beta2, eps, weight_decay = values
-        scale, direction = self.scale(once, step, beta2, eps)
+        scale = self.scale(once, step, beta2, eps)
         decays = weight_decay is not ZERO
         decoupled = self.flags["decoupled_weight_decay"]
         return Coefficients(
@@ -71,26 +86,34 @@ class Moments(Elementwise[StateT]):
             one_minus_beta1=once(_one_minus, beta1),
             beta2=beta2,
             one_minus_beta2=once(_one_minus, beta2),
-            step_size=lr * scale / once(one_minus_power, beta1, step),
+            step_size=lr * scale.factor / once(one_minus_power, beta1, step),
             weight_decay=weight_decay if decays and not decoupled else None,
             shrink=1.0 - lr * weight_decay if decays and decoupled else None,
-            direction=direction,
+            eps=scale.eps,
+            root_correction=scale.root_correction,
+            rectified=scale.rectified,
         )
 
     @final
     def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Coefficients) -> tuple[Tensor, ...]:
-        exp_avg, exp_avg_sq = state
-        if self.flags["maximize"]:
-            grad = -grad
-        if c.weight_decay is not None:
-            grad = grad + c.weight_decay * param
-        exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad
-        # torch's order of products, which overflows where torch does and not earlier.
-        exp_avg_sq = c.beta2 * exp_avg_sq + (c.one_minus_beta2 * grad) * grad
-        direction = self.direction(exp_avg, exp_avg_sq, c.direction)
-        if c.shrink is not None:
-            param = c.shrink * param
-        return param - c.step_size * direction, exp_avg, exp_avg_sq
+        return moments_step(
+            Inputs(
+                param,
+                grad,
+                *state,
+                beta1=c.beta1,
+                weight1=c.one_minus_beta1,
+                beta2=c.beta2,
+                weight2=c.one_minus_beta2,
+                step_size=c.step_size,
+                eps=c.eps,
+                root_correction=c.root_correction,
+                weight_decay=c.weight_decay,
+                shrink=c.shrink,
+                rectified=c.rectified,
+                maximize=self.flags["maximize"],
+            )
+        )
 
 
 def _one_minus(x: Tensor) -> Tensor:

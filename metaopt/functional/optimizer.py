@@ -16,7 +16,7 @@ the tree, resolves hyperparameters and dtypes, and leaves to an algorithm three 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, final, runtime_checkable
 
@@ -73,7 +73,7 @@ class Elementwise(ABC, Generic[StateT]):
     def __init__(self, flags: Mapping[str, bool], defaults: Mapping[str, Any]) -> None:
         for name, value in defaults.items():
             check(name, value, self.domains[name].valid, read_tensors=True)
-        self.flags: Mapping[str, bool] = MappingProxyType({name: bool(flag) for name, flag in flags.items()})
+        self.flags: Mapping[str, bool] = {name: bool(flag) for name, flag in flags.items()}
         self.defaults: Mapping[str, Any] = MappingProxyType(dict(defaults))
 
     @property
@@ -171,7 +171,7 @@ class Elementwise(ABC, Generic[StateT]):
                 resolved = self._resolve(values, tree, index, step, once)
                 step = once(_advance, step)
                 c = once(self.coefficients, once, once(_double, step), *resolved)
-                param, *parts = self._update(param, grad, parts, once(_cast, c, _compute_dtype(param), param.device))
+                param, *parts = self.apply(param, grad, parts, once(cast, c, compute_dtype(param), param.device))
             new_params.append(param)
             new_leaves.append((step, *parts))
         return tree.unflatten(new_params), self._state(tree, new_leaves)
@@ -215,8 +215,16 @@ class Elementwise(ABC, Generic[StateT]):
         check(name, value, bound, read_tensors=False)
         return to_tensors(value)
 
-    def _update(self, param: Tensor, grad: Tensor, parts: list[Tensor], c: Any) -> list[Tensor]:
-        dtype = _compute_dtype(param)
+    @final
+    def apply(self, param: Tensor, grad: Tensor, parts: Sequence[Tensor], c: Any) -> list[Tensor]:
+        """`update` for a parameter of any dtype: the new parameter, then its new state.
+
+        Args:
+            param, grad: of one shape.
+            parts: its state, without the step.
+            c: coefficients, ``cast`` to the parameter's ``compute_dtype``.
+        """
+        dtype = compute_dtype(param)
         state = tuple(_real(part).to(dtype) for part in parts)
         new_param, *new_parts = self.update(_real(param).to(dtype), _real(grad).to(dtype), state, c)
         return [
@@ -293,12 +301,12 @@ def _last_dimension(value: Tensor) -> Tensor:
     return value.unsqueeze(-1)
 
 
-def _cast(c: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def cast(c: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A (nested) NamedTuple of coefficients for a parameter of this dtype on this device."""
     if c is None:
         return None
     if isinstance(c, tuple):
-        return type(c)(*(_cast(x, dtype, device) for x in c))
+        return type(c)(*(cast(x, dtype, device) for x in c))
     # torch keeps its counters on the CPU, and so are the coefficients of a state that was loaded from there.
     return c.to(device, dtype if c.is_floating_point() else c.dtype)
 
@@ -313,7 +321,7 @@ _COMPUTE_DTYPE = {
 }
 
 
-def _compute_dtype(param: Tensor) -> torch.dtype:
+def compute_dtype(param: Tensor) -> torch.dtype:
     return _COMPUTE_DTYPE.get(param.dtype, param.dtype)
 
 

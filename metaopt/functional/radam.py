@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from metaopt.functional.moments import Moments, domains
+from metaopt.functional.moments import Moments, Scale, domains
 from metaopt.functional.optimizer import Params
 from metaopt.functional.values import Once
-from metaopt.numerics import one_minus_power, rectification, safe_sqrt
+from metaopt.numerics import one_minus_power, rectification
 
 
 class RAdamState(NamedTuple):
@@ -28,24 +28,16 @@ class RAdamState(NamedTuple):
     exp_avg_sq: Params
 
 
-class _Direction(NamedTuple):
-    eps: Tensor
-    rectified: Tensor
-
-
 class RAdam(Moments[RAdamState]):
     State = RAdamState
     # Above 2/3, or no step is ever rectified (rho_inf <= 5) and beta2 has no effect.
     domains = domains(beta2=constraints.interval(2 / 3, 1.0))
 
-    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> tuple[Tensor | float, _Direction]:
+    def scale(self, once: Once, step: Tensor, beta2: Tensor, eps: Tensor) -> Scale:
         rectified, factor = once(rectification, beta2, step)
         adaptive = once(_adaptive_scale, once(one_minus_power, beta2, step), rectified, factor)
         # Where a step is not rectified, m / (sqrt(v) + eps) is computed and not used: it must still be finite.
-        return adaptive, _Direction(eps=torch.where(rectified, eps, 1.0), rectified=rectified)
-
-    def direction(self, exp_avg: Tensor, exp_avg_sq: Tensor, c: _Direction) -> Tensor:
-        return torch.where(c.rectified, exp_avg / (safe_sqrt(exp_avg_sq) + c.eps), exp_avg)
+        return Scale(adaptive, torch.where(rectified, eps, 1.0), root_correction=None, rectified=rectified)
 
 
 def _adaptive_scale(one_minus_beta2_power: Tensor, rectified: Tensor, factor: Tensor) -> Tensor:
