@@ -13,6 +13,7 @@ themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,13 +53,13 @@ def moments_step(inputs: Inputs) -> Result:
     return result
 
 
-def composed(i: Inputs) -> Result:
-    """The step in torch's operations."""
+def composed(i: Inputs, root: Callable[[Tensor], Tensor] = safe_sqrt) -> Result:
+    """The step in torch's operations, with a square root that can be differentiated at 0."""
     param, h = i.param, _ascent(i)
     exp_avg = i.beta1 * i.exp_avg + i.weight1 * h
     # torch's order of products, which overflows where torch does and not earlier.
     exp_avg_sq = i.beta2 * i.exp_avg_sq + (i.weight2 * h) * h
-    denominator = _denominator(i, safe_sqrt(exp_avg_sq))
+    denominator = _denominator(i, root(exp_avg_sq))
     direction = exp_avg / denominator
     if i.rectified is not None:
         direction = torch.where(i.rectified, direction, exp_avg)
@@ -79,12 +80,13 @@ def _denominator(i: Inputs, root: Tensor) -> Tensor:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Result:
-        return composed(Inputs(*inputs))
+        return composed(Inputs(*inputs), root=torch.sqrt)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.maximize = inputs
-        ctx.save_for_backward(*tensors)
+        # The moments cost nothing to keep: the next step keeps them too.
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.save_for_forward(*tensors)
 
     @staticmethod
@@ -93,11 +95,10 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        i = Inputs(*ctx.saved_tensors, ctx.maximize)
+        *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
+        i = Inputs(*tensors, ctx.maximize)
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
-        exp_avg = i.beta1 * i.exp_avg + i.weight1 * h
-        exp_avg_sq = i.beta2 * i.exp_avg_sq + (i.weight2 * h) * h
         moved = i.step_size * to_p
         # Through the direction: where it is m' / d, into d and m'; else into m' alone.
         adaptive = _known(i.rectified)
@@ -106,7 +107,7 @@ class _Step(torch.autograd.Function):
         if adaptive is False:
             direction, to_m = exp_avg, to_m - moved
         else:
-            root = safe_sqrt(exp_avg_sq)
+            root = _root(exp_avg_sq)
             denominator = _denominator(i, root)
             ratio = exp_avg / denominator
             through = moved / denominator
@@ -122,9 +123,7 @@ class _Step(torch.autograd.Function):
             if i.root_correction is not None:
                 to_root = to_eps / i.root_correction
                 to_k = -to_root * root / i.root_correction
-            # The slope of the root at 0 is taken as 0.
-            dead = exp_avg_sq == 0
-            to_v = to_v + torch.where(dead, 0.0, to_root / (2.0 * torch.where(dead, 1.0, root)))
+            to_v = to_v + _through_root(to_root, exp_avg_sq, root)
         to_h = i.weight1 * to_m + 2.0 * ((i.weight2 * h) * to_v)
         to_param = to_p if i.shrink is None else i.shrink * to_p
         if i.weight_decay is not None:
@@ -172,11 +171,10 @@ class _Step(torch.autograd.Function):
             _product(i.beta2, d.exp_avg_sq, d.beta2, i.exp_avg_sq),
             _product(i.weight2, None if to_h is None else 2.0 * h * to_h, d.weight2, h * h),
         )
-        root = safe_sqrt(exp_avg_sq)
+        root = _root(exp_avg_sq)
         denominator = _denominator(i, root)
         ratio = exp_avg / denominator
-        dead = exp_avg_sq == 0
-        to_root = None if to_v is None else torch.where(dead, 0.0, to_v / (2.0 * torch.where(dead, 1.0, root)))
+        to_root = None if to_v is None else _through_root(to_v, exp_avg_sq, root)
         if i.root_correction is not None:
             to_root = _sum(
                 None if to_root is None else to_root / i.root_correction,
@@ -199,6 +197,18 @@ class _Step(torch.autograd.Function):
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
         )  # type: ignore[return-value]
+
+
+def _root(x: Tensor) -> Tensor:
+    return safe_sqrt(x) if torch.is_grad_enabled() else torch.sqrt(x)
+
+
+def _through_root(slope: Tensor, x: Tensor, root: Tensor) -> Tensor:
+    """``slope / (2 root)``, and 0 where ``x`` is: there the slope of the root is taken as 0."""
+    if torch.is_grad_enabled():  # differentiated again: the quotient must be finite before it is replaced
+        dead = x == 0
+        return torch.where(dead, 0.0, slope / (2.0 * torch.where(dead, 1.0, root)))
+    return (slope / (root + root)).masked_fill_(x == 0, 0.0)
 
 
 def _known(rectified: Tensor | None) -> bool | None:

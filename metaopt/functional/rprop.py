@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from metaopt.functional.optimizer import Elementwise, Params
+from metaopt.functional.rprop_step import Inputs, rprop_step
 from metaopt.functional.values import Domain, Once, OpenInterval
 
 
@@ -58,16 +59,8 @@ class Rprop(Elementwise[RpropState]):
         return _Coefficients(*values[1:])
 
     def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Any) -> tuple[Tensor, ...]:
-        prev, step_size = state
-        if self.flags["maximize"]:
-            grad = -grad
-        agreement = grad * prev
-        flipped = agreement < 0
-        factor = torch.where(agreement > 0, c.eta_plus, torch.where(flipped, c.eta_minus, 1.0))
-        # In two, because torch.clamp gives neither bound a derivative where they are equal.
-        step_size = torch.clamp(torch.clamp(step_size * factor, min=c.smallest), max=c.largest)
-        grad = torch.where(flipped, 0.0, grad)
-        return param - torch.sign(grad) * step_size, grad, step_size
+        ascent = -grad if self.flags["maximize"] else grad
+        return rprop_step(Inputs(param, ascent, *state, *c))
 
 
 def rprop(

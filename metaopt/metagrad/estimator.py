@@ -7,7 +7,7 @@ all at once or, if something is wrong, not at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,11 +63,13 @@ class Leaves:
         self._grads: list[Tensor | None] = [None] * len(self._leaves)
         self.values: dict[str, Any] = pytree.tree_unflatten(flat, spec)
 
-    def add(self, objective: Tensor) -> None:
-        """Add the gradient of a 0-d objective with respect to the leaves."""
-        if not objective.requires_grad:
-            return
-        grads = torch.autograd.grad(objective, self._leaves, allow_unused=True)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The leaves that require grad."""
+        return list(self._leaves)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add a gradient with respect to the leaves (`tensors`); None where nothing depends on one."""
         for index, grad in enumerate(grads):
             if grad is not None:
                 total = self._grads[index]

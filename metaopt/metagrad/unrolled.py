@@ -8,17 +8,21 @@ meta_optimizer.step()
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import math
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
+from metaopt.metagrad.objective import Objective, check_objective, windows
 from metaopt.tasks import Task
-from metaopt.unroll.plain import Carry, InnerStep, cut
-
-Objective = Literal["final", "mean", "inner"]
+from metaopt.unroll.adjoint import sweep
+from metaopt.unroll.make import make_program
+from metaopt.unroll.program import Sources
+from metaopt.unroll.recorded import record
+from metaopt.unroll.stretch import Unroll, grown
 
 
 class Unrolled:
@@ -31,12 +35,15 @@ class Unrolled:
         truncation: cut the graph every so many steps, and add up the gradients of the windows: less memory and tamer
             gradients, at the price of a bias. The last window is shorter where it does not divide ``steps``. With
             ``"final"`` only the last window has an objective. None for no cuts.
-        segments: not available yet.
-        compile: not available yet.
+        segments: keep the carry (parameters and state) before every so many steps only, and compute the steps of a
+            segment again on the way back: one more pass, and memory for one segment. ``"sqrt"`` is the square root of
+            the horizon (or truncation), for the least memory. The generator's state is replayed: all randomness of the
+            task must come from it.
+        compile: compile the inner step, once for all unrolls of this task and optimizer (some ten seconds). The loss
+            must be pure torch code. Warns once, and has no effect, where there is no compiler.
 
     Raises:
-        ValueError: ``steps`` below 1, an unknown objective, ``truncation`` outside 1..steps, or an option that is not
-            available yet.
+        ValueError: ``steps`` below 1, an unknown objective, ``truncation`` outside 1..steps, ``segments`` below 1.
 
     Example:
         >>> import metaopt
@@ -60,19 +67,16 @@ class Unrolled:
         segments: int | Literal["sqrt"] | None = None,
         compile: bool = False,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got steps={steps}")
-        if objective not in get_args(Objective):
-            raise ValueError(f"objective must be one of {get_args(Objective)}, got objective={objective!r}")
+        check_objective(steps, objective)
         if truncation is not None and not 1 <= truncation <= steps:
             raise ValueError(f"truncation must be in 1..steps ({steps}), got truncation={truncation}")
-        if segments is not None:
-            raise ValueError(f"segments={segments!r} is not available in this version; use segments=None")
-        if compile:
-            raise ValueError("compile=True is not available in this version; use compile=False")
+        if segments not in (None, "sqrt") and not (isinstance(segments, int) and segments >= 1):
+            raise ValueError(f"segments must be None, 'sqrt' or a length >= 1, got segments={segments!r}")
         self.steps = steps
         self.objective = objective
         self.truncation = truncation
+        self.segments = segments
+        self.compile = compile
 
     def __repr__(self) -> str:
         return f"Unrolled(steps={self.steps}, objective={self.objective!r}, truncation={self.truncation})"
@@ -93,40 +97,25 @@ class Unrolled:
             ValueError: a learned value on which the meta-loss does not depend. No ``.grad`` has been touched then.
         """
         leaves = Leaves(hyper)
-        step = InnerStep(task, opt)
-        total: Tensor | None = None
-        window = self.truncation or self.steps
         with torch.enable_grad():
-            carry = step.init(leaves.values, generator)
-            for start in range(0, self.steps, window):
-                stop = min(start + window, self.steps)
-                if start:
-                    carry = cut(carry)
-                carry, objective = self._run(step, carry, leaves.values, range(start, stop), generator)
-                if objective is not None:
-                    leaves.add(objective)
-                    total = objective.detach() if total is None else total + objective.detach()
+            program = make_program(task, opt, leaves.values, self.steps, generator)
+            sources = Sources(program.inputs(program.values))
+        unroll = Unroll(program, sources, task, generator, compile=self.compile)
+        total: Tensor | None = None
+        carry = sources.leaves.start
+        for stretch in windows(self.objective, self.steps, self.truncation or self.steps):
+            if not stretch.has_objective:
+                carry = unroll.skip(carry, stretch.steps)
+                continue
+            if self.segments is None:
+                carry, part = record(unroll, carry, stretch)
+            else:
+                carry, part = sweep(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
+            total = grown(total, part)
+        leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         assert total is not None
         return total
 
-    def _run(
-        self, step: InnerStep, carry: Carry, values: dict[str, Any], window: range, generator: Generator | None
-    ) -> tuple[Carry, Tensor | None]:
-        """Run a window; its share of the objective, None if it has none."""
-        everything = step.complete(values)
-        final_here = self.objective == "final" and window.stop == self.steps
-        terms: list[Tensor] = []
-        with torch.set_grad_enabled(self.objective != "final" or final_here):
-            for t in window:
-                batch = step.task.batch(t, generator)
-                if self.objective == "inner":
-                    carry, loss = step.with_loss(carry, batch, values, t)
-                    terms.append(loss / self.steps)
-                else:
-                    carry, _ = step(carry, batch, values, t)
-                if self.objective == "mean":
-                    terms.append(step.task.meta_loss(carry.params, everything) / self.steps)
-            if final_here:
-                terms.append(step.task.meta_loss(carry.params, everything))
-        return carry, torch.stack(terms).sum() if terms else None
+    def _segment_length(self, steps: int) -> int:
+        return max(1, math.isqrt(steps)) if self.segments == "sqrt" else min(int(self.segments or 1), steps)

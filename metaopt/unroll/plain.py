@@ -55,7 +55,10 @@ class InnerStep:
 
     def init(self, values: Mapping[str, Any], generator: Generator | None) -> Carry:
         """Fresh parameters and state."""
-        params = self.task.init(generator)
+        return self.begin(self.task.init(generator), values)
+
+    def begin(self, params: Any, values: Mapping[str, Any]) -> Carry:
+        """Given parameters and a fresh state."""
         mine = self._of_optimizer(values, 0)
         init: Callable[[Any], Any] = lambda params: self.opt.init(params, **mine)  # noqa: E731
         return Carry(params, torch.vmap(init)(params) if self._vmap_opt else init(params))
@@ -73,10 +76,22 @@ class InnerStep:
         return carry_after, loss
 
     def _step(self, carry: Carry, batch: Any, values: Mapping[str, Any], step: int) -> tuple[Carry, Tensor]:
+        return self.update(carry, batch, self.complete(values), self._of_optimizer(values, step))
+
+    def update(
+        self, carry: Carry, batch: Any, values: Mapping[str, Any], mine: Mapping[str, Any]
+    ) -> tuple[Carry, Tensor]:
+        """A step with the optimizer's values of this step given.
+
+        Args:
+            carry: before the step.
+            batch: what it trains on.
+            values: all values, which the loss reads.
+            mine: the optimizer's, without callables.
+        """
         params, state = carry
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._second_order):
-            grads, loss = self._gradient(params, batch, self.complete(values))
-        mine = self._of_optimizer(values, step)
+            grads, loss = self._gradient(params, batch, values)
         update: Callable[..., Any] = lambda *args: self.opt.step(*args, **mine)  # noqa: E731
         params, state = (torch.vmap(update) if self._vmap_opt else update)(params, grads, state)
         return Carry(params, state), loss

@@ -1,0 +1,40 @@
+"""What is minimised over an unroll: the end, the way there, or the inner loss."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from metaopt.unroll.stretch import Stretch
+
+Objective = Literal["final", "mean", "inner"]
+
+
+def check_objective(steps: int, objective: str) -> None:
+    """Raise ValueError for a horizon below 1 or an unknown objective."""
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got steps={steps}")
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective must be one of {get_args(Objective)}, got objective={objective!r}")
+
+
+def windows(objective: Objective, steps: int, window: int) -> list[Stretch]:
+    """The horizon cut into windows, each with its share of the objective.
+
+    Args:
+        objective: ``"final"`` is ``meta_loss(params_T)``, ``"mean"`` the mean of ``meta_loss(params_t)`` over t = 1..T,
+            ``"inner"`` the mean of the inner losses over t = 0..T-1.
+        steps: the horizon T.
+        window: the length of a window; the last may be shorter.
+    """
+    loss_weight = 1.0 / steps if objective == "inner" else 0.0
+    everywhere = 1.0 / steps if objective == "mean" else 0.0
+    at_end = 1.0 if objective == "final" else everywhere
+    return [
+        Stretch(range(start, min(start + window, steps)), loss_weight, lambda t: at_end if t == steps else everywhere)
+        for start in range(0, steps, window)
+    ]
+
+
+def whole(objective: Objective, steps: int) -> Stretch:
+    """The horizon as one window."""
+    return windows(objective, steps, steps)[0]

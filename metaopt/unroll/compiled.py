@@ -1,0 +1,90 @@
+"""Compiling the pure functions of an unroll, once for all unrolls that compute the same."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_CACHE: OrderedDict[Any, Any] = OrderedDict()
+_KEPT = 64
+T = TypeVar("T")
+
+
+def remembered(key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What was made under an equal key before, if it is kept; else what is made now.
+
+    Args:
+        key: what the result depends on. If something in it has no hash, nothing is kept.
+        make: makes it.
+    """
+    result: T
+    try:
+        if key not in _CACHE:
+            _CACHE[key] = make()
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return make()
+    _CACHE.move_to_end(key)
+    result = _CACHE[key]
+    while len(_CACHE) > _KEPT:
+        _CACHE.popitem(last=False)
+    return result
+
+
+def compiled(key: tuple[Any, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, or what was compiled under an equal key before.
+
+    Args:
+        key: what the function depends on besides its arguments.
+        function: pure, with tensors (in tuples) as arguments.
+
+    Returns:
+        The compiled function. Where there is no compiler it warns once, and the function runs as it is.
+    """
+    return remembered(key, lambda: _Compiled(function))
+
+
+class _Compiled:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: Callable[..., Any] | None = torch.compile(_isolated(function), fullgraph=True, dynamic=False)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            return self._function(*args)
+        try:
+            return self._compiled(*args)
+        except Exception as error:
+            if not _no_compiler(error):
+                raise
+            warnings.warn(f"compile=True has no effect, no working compiler was found: {error}", stacklevel=2)
+            self._compiled = None
+            return self._function(*args)
+
+
+def _no_compiler(error: BaseException | None) -> bool:
+    while error is not None:
+        if type(error).__name__ in ("InvalidCxxCompiler", "TritonMissing") or "Compiler: " in str(error):
+            return True
+        inner = getattr(error, "inner_exception", None)
+        error = inner if inner is not None else error.__cause__
+    return False
+
+
+def _isolated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
+
+    Dynamo keeps what it compiled with the code object, and gives up after a few variants: those of one unroll should
+    not count against another's.
+    """
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)

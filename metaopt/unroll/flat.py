@@ -1,0 +1,185 @@
+"""The unroll of an elementwise optimizer over one vector that holds all parameters.
+
+An optimizer that treats every element alike need not know where one tensor ends and the next begins: a step then costs
+a dozen operations, whatever the number of tensors. What depends on the step and the hyperparameters alone (bias
+corrections, rectification) is computed for all steps at once, before the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metaopt.functional import Elementwise
+from metaopt.functional.optimizer import cast, compute_dtype
+from metaopt.functional.tree import Tree
+from metaopt.functional.values import Once, at_step, to_tensors
+from metaopt.schedule import Schedule
+from metaopt.tasks import Replicas, Task
+from metaopt.unroll.program import Inputs, Split, Tensors
+
+
+class Vector:
+    """How the parameters of a tree lie in one vector.
+
+    Args:
+        params: the tree.
+        lead: how many leading dimensions (of replicas) every leaf has; the vector has them too.
+    """
+
+    def __init__(self, params: Any, lead: int) -> None:
+        tree = Tree(params)
+        self.names = tree.names
+        self._spec = tree.spec
+        self._lead = lead
+        self.shapes = [leaf.shape[lead:] for leaf in tree.leaves]
+        self.sizes = [shape.numel() for shape in self.shapes]
+
+    def pack(self, tree: Any) -> Tensor:
+        """A tree of this structure as a vector."""
+        leaves = pytree.tree_leaves(tree)
+        return torch.cat([leaf.reshape(*leaf.shape[: self._lead], -1) for leaf in leaves], dim=-1)
+
+    def unpack(self, vector: Tensor) -> Any:
+        """The tree of a vector, in views; leading dimensions stay in front."""
+        parts = vector.split(self.sizes, dim=-1)
+        leaves = [part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def spread(self, coefficient: Tensor) -> Tensor:
+        """A coefficient per tensor, shape (number of tensors,), as one per element."""
+        return torch.cat([c.expand(size) for c, size in zip(coefficient.unbind(), self.sizes, strict=True)])
+
+
+def fits(opt: Any, params: Any, values: Mapping[str, Any]) -> bool:
+    """Whether parameters and hyperparameters can go through a vector: one real dtype, nothing given per element."""
+    leaves = pytree.tree_leaves(params)
+    if not isinstance(opt, Elementwise) or not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return False
+    if len({(leaf.dtype, leaf.device) for leaf in leaves}) != 1 or not leaves[0].is_floating_point():
+        return False
+    mine = {name: values[name] for name in opt.hyperparameters}
+    return all(leaf.dim() == 0 for leaf in pytree.tree_leaves(at_step(mine, 0)) if isinstance(leaf, Tensor))
+
+
+class FlatProgram:
+    """The unroll of parameters and hyperparameters for which `fits` is true.
+
+    Args:
+        task: with `Replicas` the vector has their dimension in front.
+        opt: the optimizer.
+        params: fresh ones.
+        values: all values, completed by the optimizer's own.
+        steps: the horizon.
+    """
+
+    def __init__(self, task: Task, opt: Elementwise[Any], params: Any, values: Mapping[str, Any], steps: int) -> None:
+        self._task, self._opt, self._steps = task, opt, steps
+        self.second_order = opt.differentiates_gradients
+        self._replicas = isinstance(task, Replicas)
+        self._loss = task.task.loss if isinstance(task, Replicas) else task.loss
+        self._params = pytree.tree_map(torch.Tensor.detach, params)
+        self._vector = Vector(params, lead=int(self._replicas))
+        self._packed = self._vector.pack(self._params)
+        self._values = Split(dict(values))
+        opt.init(self._params, **self._mine(at_step(dict(values), 0)))  # says what is wrong with the values
+        self._coefficients = Split(self._all_coefficients(dict(values)))
+        self.key = (
+            task, opt, self._packed.dtype, self._packed.device, tuple(self._vector.shapes), self._values.key,
+            self._coefficients.key, tuple(tensor.dim() for tensor in self._coefficients.tensors),
+        )  # fmt: skip
+
+    def inputs(self, values: Sequence[Tensor]) -> Inputs:
+        everything = self._values.join(values)
+        state = self._opt.init(self._params, **self._mine(at_step(everything, 0)))
+        packed = tuple(self._vector.pack(field) for field in state[1:])  # the counters aside, which coefficients know
+        coefficients = Split(self._all_coefficients(everything)).tensors
+        return Inputs((self._packed, *packed), coefficients, tuple(values))
+
+    @property
+    def values(self) -> Tensors:
+        return self._values.tensors
+
+    def step(self, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
+        params, *state = carry
+        everything = self._values.join(shared)
+        if self.second_order:
+            grad, loss = self._gradient(params, batch, everything)
+        else:  # no second-order graph where the update does not see it
+            grad, loss = self._gradient(params.detach(), batch, pytree.tree_map(_detached, everything))
+        c = self._coefficients.join([self._vector.spread(c) if c.dim() else c for c in row])
+        return tuple(self._opt.apply(params, grad, state, c)), loss
+
+    def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
+        everything = self._values.join(shared)
+        loss = lambda params, batch: self._loss(self._vector.unpack(params), batch, everything)  # noqa: E731
+        return torch.vmap(loss)(carry[0], batch).mean() if self._replicas else loss(carry[0], batch)
+
+    def meta_loss(self, carry: Tensors, shared: Tensors) -> Tensor:
+        return self._task.meta_loss(self.params(carry), self._values.join(shared))
+
+    def params(self, carry: Tensors) -> Any:
+        return self._vector.unpack(carry[0])
+
+    def _gradient(self, params: Tensor, batch: Any, everything: Any) -> tuple[Tensor, Tensor]:
+        single = torch.func.grad_and_value(
+            lambda params, batch: self._loss(self._vector.unpack(params), batch, everything)
+        )
+        if not self._replicas:
+            grad, loss = single(params, batch)
+            return grad, loss
+        grads, losses = torch.vmap(single)(params, batch)
+        return grads, losses.mean()
+
+    def _mine(self, everything: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: everything[name] for name in self._opt.hyperparameters}
+
+    def _all_coefficients(self, everything: Mapping[str, Any]) -> Any:
+        """The optimizer's coefficients at every step, shape (steps,) or (steps, number of tensors), and None."""
+        once = Once()
+        count = 1.0 + torch.arange(self._steps, dtype=torch.float64, device=self._packed.device)
+        mine = self._mine(everything).values()
+        of_names = []
+        for name in self._vector.names:
+            flat: list[Tensor] = []
+            for value in mine:
+                resolved = once(self._at_all_steps, once, value, name)
+                flat.extend(resolved if isinstance(resolved, tuple) else (resolved,))
+            of_names.append(once(self._opt.coefficients, once, count, *flat))
+        dtype = compute_dtype(self._packed)
+        rows = [cast(c, dtype, self._packed.device) for c in of_names[: 1 if _same(of_names) else None]]
+        return pytree.tree_map(lambda *leaves: _table(leaves, self._steps), *rows)
+
+    def _at_all_steps(self, once: Once, value: Any, name: str) -> Any:
+        if isinstance(value, tuple | list):
+            return tuple(once(self._at_all_steps, once, item, name) for item in value)
+        if isinstance(value, Mapping):
+            return once(self._at_all_steps, once, value[name], name)
+        if callable(value) and not isinstance(value, Tensor):
+            return once(self._called, value)
+        return once(to_tensors, value)
+
+    def _called(self, value: Any) -> Tensor:
+        if isinstance(value, Schedule):
+            return value(torch.arange(self._steps, device=value.values.device)).to(torch.float64)
+        return torch.stack([torch.as_tensor(to_tensors(value(step))) for step in range(self._steps)])
+
+
+def _same(items: Sequence[Any]) -> bool:
+    return all(item is items[0] for item in items)
+
+
+def _table(leaves: Sequence[Any], steps: int) -> Any:
+    """One coefficient of all tensors, a row per step; of one tensor if it stands for all."""
+    if leaves[0] is None:
+        return None
+    columns = [leaf.expand(steps) for leaf in leaves]
+    return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,89 @@
+"""The unroll of any optimizer over the task's own tree of parameters: for what does not fit into one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metaopt.functional import Optimizer
+from metaopt.tasks import Task
+from metaopt.unroll.plain import Carry, InnerStep
+from metaopt.unroll.program import Inputs, Split, Tensors
+
+
+class GeneralProgram:
+    """See `metaopt.unroll.program.Program`.
+
+    Args:
+        task: also `Replicas`.
+        opt: any functional optimizer.
+        params: fresh ones.
+        values: all values, completed by the optimizer's own.
+        steps: the horizon.
+    """
+
+    def __init__(self, task: Task, opt: Optimizer, params: Any, values: Mapping[str, Any], steps: int) -> None:
+        self._step = InnerStep(task, opt)
+        self._steps = steps
+        self.second_order: bool = getattr(opt, "differentiates_gradients", True)
+        self._params = pytree.tree_map(_detached, params)
+        self._values = Split(dict(values))
+        # What is callable becomes a row per step; the rest of the optimizer's values is shared.
+        self._rows = Split(self._callables(dict(values)))
+        self._carry = Split(self._step.begin(self._params, dict(values)))
+        self.key = (
+            task, opt, self._values.key, self._rows.key, self._carry.key,
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self._carry.tensors),
+        )  # fmt: skip
+
+    @property
+    def values(self) -> Tensors:
+        return self._values.tensors
+
+    def inputs(self, values: Sequence[Tensor]) -> Inputs:
+        everything = self._values.join(values)
+        start = Split(self._step.begin(self._params, everything)).tensors
+        return Inputs(start, Split(self._callables(everything)).tensors, tuple(values))
+
+    def step(self, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
+        everything = self._values.join(shared)
+        after, loss = self._step.update(self._carry.join(carry), batch, everything, self._mine(everything, row))
+        return Split(after).tensors, loss
+
+    def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
+        params: Any = self.params(carry)
+        return self._step.task.loss(params, batch, self._values.join(shared))
+
+    def meta_loss(self, carry: Tensors, shared: Tensors) -> Tensor:
+        return self._step.task.meta_loss(self.params(carry), self._values.join(shared))
+
+    def params(self, carry: Tensors) -> Any:
+        joined: Carry = self._carry.join(carry)
+        return joined.params
+
+    def _callables(self, everything: Mapping[str, Any]) -> list[Tensor]:
+        found = [leaf for leaf in self._leaves(everything) if _is_schedule(leaf)]
+        return [
+            torch.stack([torch.as_tensor(leaf(t), dtype=torch.float64) for t in range(self._steps)]) for leaf in found
+        ]
+
+    def _leaves(self, everything: Mapping[str, Any]) -> list[Any]:
+        mine = {name: everything[name] for name in self._step.opt.hyperparameters}
+        return pytree.tree_leaves(mine, is_leaf=_is_schedule)
+
+    def _mine(self, everything: Mapping[str, Any], row: Tensors) -> dict[str, Any]:
+        mine = {name: everything[name] for name in self._step.opt.hyperparameters}
+        values = iter(row)
+        return pytree.tree_map(lambda leaf: next(values) if _is_schedule(leaf) else leaf, mine, is_leaf=_is_schedule)
+
+
+def _is_schedule(leaf: Any) -> bool:
+    return callable(leaf) and not isinstance(leaf, Tensor)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

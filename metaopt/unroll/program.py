@@ -1,0 +1,162 @@
+"""An unroll as plain data: tensors that go in, and one pure step.
+
+    x_0                        the carry before the first step: parameters and state
+    u_t                        what only step t reads (coefficients of the optimizer, values of schedules)
+    w                          what every step reads
+    x_{t+1}, loss_t = step(x_t, batch_t, u_t, w)
+
+Every way to differentiate an unroll (recording it, recomputing it in segments, forward mode, each compiled or not) works
+on these four and knows nothing of optimizers or schedules. How x_0, u and w depend on the hyperparameters is a small
+graph of its own, recorded once for the whole horizon: `Sources` joins the two by the chain rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tensors = tuple[Tensor, ...]
+
+
+class Split:
+    """A pytree taken apart into its tensors and the rest.
+
+    Example:
+        >>> split = Split({"lr": torch.tensor(0.1), "betas": (0.9, torch.tensor(0.99))})
+        >>> len(split.tensors)
+        2
+        >>> split.join([torch.tensor(1.0), torch.tensor(2.0)])
+        {'lr': tensor(1.), 'betas': (0.9, tensor(2.))}
+    """
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self._spec = pytree.tree_flatten(tree)
+        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors: Tensors = tuple(leaves[index] for index in self._where)
+        self.key = (self._spec, *((type(constant), constant) for constant in self._constants))
+
+    def join(self, tensors: Sequence[Tensor]) -> Any:
+        """The tree with other tensors in place of its own."""
+        leaves = list(self._constants)
+        for index, tensor in zip(self._where, tensors, strict=True):
+            leaves[index] = tensor
+        return pytree.tree_unflatten(leaves, self._spec)
+
+
+class Inputs(NamedTuple):
+    """The tensors of an unroll.
+
+    Attributes:
+        start: the carry before the first step.
+        per_step: one row per step along the first dimension.
+        shared: read by every step.
+    """
+
+    start: Tensors
+    per_step: Tensors
+    shared: Tensors
+
+
+class Program(Protocol):
+    """The functions of an unroll, all pure: what is differentiated comes in as an argument.
+
+    Attributes:
+        key: equal for programs of which one may do the other's steps; hashable, or the steps are not shared.
+        values: the tensors among the hyperparameters' values, which `inputs` is a function of.
+        second_order: whether a step depends on its gradient smoothly; the loss that `step` returns is then
+            differentiable, and otherwise a constant.
+    """
+
+    key: tuple[Any, ...]
+    second_order: bool
+
+    @property
+    def values(self) -> Tensors: ...
+
+    def inputs(self, values: Sequence[Tensor]) -> Inputs:
+        """The tensors of the unroll."""
+
+    def step(self, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
+        """The next carry, and the inner loss before the step."""
+
+    def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
+        """The inner loss, differentiable with respect to the carry."""
+
+    def meta_loss(self, carry: Tensors, shared: Tensors) -> Tensor:
+        """The outer loss."""
+
+    def params(self, carry: Tensors) -> Any:
+        """The parameters of a carry as the task's tree."""
+
+
+class Sources:
+    """The inputs of an unroll as leaves of its graph, and the way back from them to the values.
+
+    Args:
+        inputs: in a graph with the values.
+
+    Attributes:
+        leaves: the inputs, cut off; those that depend on a value require grad.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self.leaves = Inputs(*(tuple(_leaf(tensor) for tensor in part) for part in inputs))
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Add gradients with respect to some of the leaves; None is no gradient."""
+        for leaf, grad in zip(leaves, grads, strict=True):
+            if grad is not None:
+                total = self._sums.get(id(leaf))
+                self._sums[id(leaf)] = grad if total is None else total + grad
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        """The leaves that require grad."""
+        return [leaf for part in self.leaves for leaf in part if leaf.requires_grad]
+
+    def gradient(self, values: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradient with respect to the values; None for one that nothing depends on."""
+        ends, grads = [], []
+        for part, cut_part in zip(self._inputs, self.leaves, strict=True):
+            for source, leaf in zip(part, cut_part, strict=True):
+                if id(leaf) in self._sums:
+                    ends.append(source)
+                    grads.append(self._sums[id(leaf)])
+        if not ends:
+            return (None,) * len(values)
+        return torch.autograd.grad(ends, list(values), grads, allow_unused=True)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def rows(per_step: Tensors) -> list[Tensors]:
+    """The row of each step; in the graph of ``per_step``, which is left in one piece."""
+    if not per_step:
+        return []
+    return list(zip(*(tensor.unbind() for tensor in per_step), strict=True))
+
+
+def floating(tensors: Sequence[Tensor]) -> list[int]:
+    """Which of the tensors can have a derivative: flags and counters have none."""
+    return [index for index, tensor in enumerate(tensors) if tensor.is_floating_point() or tensor.is_complex()]
+
+
+def chosen(tensors: Sequence[Tensor], where: Sequence[int]) -> Tensors:
+    return tuple(tensors[index] for index in where)
+
+
+def merged(tensors: Sequence[Tensor], where: Sequence[int], others: Sequence[Tensor]) -> Tensors:
+    """The tensors with ``others`` in these places."""
+    result = list(tensors)
+    for index, tensor in zip(where, others, strict=True):
+        result[index] = tensor
+    return tuple(result)

@@ -1,0 +1,42 @@
+"""Reverse mode by recording: one graph of all steps. The fastest way, with memory for every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaopt.unroll.program import Tensors
+from metaopt.unroll.stretch import Stretch, Unroll, row
+
+
+def record(unroll: Unroll, carry: Tensors, stretch: Stretch) -> tuple[Tensors, Tensor]:
+    """Run a stretch, and add the gradient of its part of the objective to the sources.
+
+    Args:
+        unroll: what is run.
+        carry: before the stretch; the leaves of the sources, if it is the first.
+        stretch: which steps.
+
+    Returns:
+        The carry at the end, cut off, and the part of the objective, detached.
+    """
+    program, shared = unroll.program, unroll.shared
+    if unroll.compile:  # or the first step, whose carry is not part of the graph yet, would be compiled separately
+        carry = tuple(x if x.requires_grad else x.detach().requires_grad_(x.is_floating_point()) for x in carry)
+    terms: list[Tensor] = []
+    with torch.enable_grad():
+        table = unroll.rows()
+        for t in stretch.steps:
+            batch, before = unroll.batch(t), carry
+            carry, loss = unroll.step(before, batch, row(table, t), shared)
+            if stretch.loss_weight:
+                # Where the step has no second-order graph, its loss is none either.
+                loss = loss if program.second_order else program.loss(before, batch, shared)
+                terms.append(stretch.loss_weight * loss)
+            if weight := stretch.meta_weight(t + 1):
+                terms.append(weight * program.meta_loss(carry, shared))
+        objective = torch.stack(terms).sum()
+    if objective.requires_grad:
+        leaves = unroll.sources.differentiable
+        unroll.sources.add(leaves, torch.autograd.grad(objective, leaves, allow_unused=True))
+    return tuple(tensor.detach() for tensor in carry), objective.detach()

@@ -1,0 +1,85 @@
+"""Some consecutive steps of an unroll, and the ways to take them that all modes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from metaopt.tasks import Task
+from metaopt.unroll.compiled import compiled
+from metaopt.unroll.program import Program, Sources, Tensors, rows
+
+
+class Stretch(NamedTuple):
+    """Steps, and what of the objective lies in them.
+
+    Attributes:
+        steps: their numbers.
+        loss_weight: the weight of each inner loss in the objective.
+        meta_weight: the weight of ``meta_loss(params_t)`` for t = 1..T.
+    """
+
+    steps: range
+    loss_weight: float
+    meta_weight: Callable[[int], float]
+
+    @property
+    def has_objective(self) -> bool:
+        """Whether anything in it is differentiated."""
+        return bool(self.loss_weight) or any(self.meta_weight(t + 1) for t in self.steps)
+
+
+class Unroll:
+    """A program with all that it takes to run it.
+
+    Args:
+        program: what is unrolled.
+        sources: its inputs, as leaves, to which gradients are added.
+        task: draws the batches.
+        generator: for them.
+        compile: compile the steps.
+    """
+
+    def __init__(
+        self, program: Program, sources: Sources, task: Task, generator: Generator | None, *, compile: bool
+    ) -> None:
+        self.program, self.sources, self.task, self.generator, self.compile = program, sources, task, generator, compile
+        self.shared = sources.leaves.shared
+        self.step = self.maybe_compiled("step", program.step)
+
+    def maybe_compiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of this program, compiled if that is wanted."""
+        if not self.compile:
+            return function
+        return compiled((name, self.learned_key, self.program.key), function)
+
+    @property
+    def learned_key(self) -> tuple[bool, ...]:
+        """Which of the sources are learned."""
+        return tuple(leaf.requires_grad for part in self.sources.leaves for leaf in part)
+
+    def rows(self) -> list[Tensors]:
+        """The row of each step, in the graph of the sources where one is recorded."""
+        return rows(self.sources.leaves.per_step)
+
+    def batch(self, t: int) -> Any:
+        return self.task.batch(t, self.generator)
+
+    @torch.no_grad()
+    def skip(self, carry: Tensors, steps: range) -> Tensors:
+        """Steps that are not differentiated."""
+        table = self.rows()
+        for t in steps:
+            carry, _ = self.step(carry, self.batch(t), row(table, t), self.shared)
+        return carry
+
+
+def row(table: list[Tensors], t: int) -> Tensors:
+    return table[t] if table else ()
+
+
+def grown(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term

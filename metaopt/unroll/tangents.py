@@ -1,0 +1,151 @@
+"""Forward mode through an unroll: tangents travel with the carry, and nothing is kept.
+
+Exact, in memory that does not depend on the horizon, at the price of one more pass per learned number.
+
+References:
+    Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.unroll.program import Inputs, Program, Tensors, chosen, floating, merged, rows
+from metaopt.unroll.stretch import Stretch, Unroll, grown, row
+
+TangentStep = Callable[..., tuple[Tensors, Tensors, Tensor, Tensor]]
+
+
+def basis(values: Sequence[Tensor]) -> list[Tensor]:
+    """A tangent for every number in the values that require grad: of value i, shape (K, *shape of i)."""
+    count = sum(value.numel() for value in values if value.requires_grad)
+    tangents, first = [], 0
+    for value in values:
+        tangent = torch.zeros(count, value.numel(), dtype=value.dtype, device=value.device)
+        if value.requires_grad:
+            index = torch.arange(value.numel())
+            tangent[first + index, index] = 1.0
+            first += value.numel()
+        tangents.append(tangent.reshape(count, *value.shape))
+    return tangents
+
+
+def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, Tensor]:
+    """Run an unroll with a tangent for every learned number.
+
+    Args:
+        unroll: what is run.
+        values: what ``program.inputs`` is a function of; those that require grad are learned.
+        stretch: all of its steps.
+
+    Returns:
+        The objective, and its gradient: shape (K,), the learned values laid flat in order.
+    """
+    program = unroll.program
+    tangents = basis(values)
+    count = len(tangents[0])
+    with torch.no_grad():
+        inputs, dots = _inputs(program, tuple(value.detach() for value in values), tangents)
+        step = unroll.maybe_compiled(f"tangents {count}", _tangent_step(program, count))
+        judged = bool(stretch.loss_weight)
+        carry, carry_dot = inputs.start, dots.start
+        table, table_dot = rows(inputs.per_step), _rows_of_tangents(dots.per_step)
+        total: Tensor | None = None
+        gradient: Tensor | None = None
+        for t in stretch.steps:
+            batch = unroll.batch(t)
+            before, before_dot = carry, carry_dot
+            carry, carry_dot, loss, loss_dot = step(
+                carry, carry_dot, batch, row(table, t), row(table_dot, t), inputs.shared, dots.shared
+            )
+            if judged:
+                if not program.second_order:
+                    loss, loss_dot = _along(
+                        lambda c, s, batch=batch: program.loss(c, batch, s), before, before_dot, inputs, dots
+                    )
+                total = grown(total, stretch.loss_weight * loss)
+                gradient = grown(gradient, stretch.loss_weight * loss_dot)
+            if weight := stretch.meta_weight(t + 1):
+                meta_loss, slope = _along(program.meta_loss, carry, carry_dot, inputs, dots)
+                total = grown(total, weight * meta_loss)
+                gradient = grown(gradient, weight * slope)
+    assert total is not None
+    assert gradient is not None
+    return total, gradient
+
+
+def _inputs(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
+    """The inputs of the program, and the tangents of those that are floating, with a leading dimension K."""
+
+    def differentiable(*given: Tensor) -> list[Tensors]:
+        return [chosen(part, floating(part)) for part in program.inputs(merged(values, where, given))]
+
+    where = floating(values)
+    along = lambda *directions: torch.func.jvp(differentiable, chosen(values, where), directions)[1]  # noqa: E731
+    return program.inputs(values), Inputs(*torch.vmap(along)(*chosen(tangents, where)))
+
+
+def _tangent_step(program: Program, count: int) -> TangentStep:
+    def step(
+        carry: Tensors,
+        carry_dot: Tensors,
+        batch: Any,
+        row: Tensors,
+        row_dot: Tensors,
+        shared: Tensors,
+        shared_dot: Tensors,
+    ) -> tuple[Tensors, Tensors, Tensor, Tensor]:
+        in_carry, in_row, in_shared = floating(carry), floating(row), floating(shared)
+        primals = (chosen(carry, in_carry), chosen(row, in_row), chosen(shared, in_shared))
+
+        def once(c: Tensors, r: Tensors, s: Tensors) -> tuple[tuple[Tensors, Tensor], Tensors]:
+            after, loss = program.step(
+                merged(carry, in_carry, c), batch, merged(row, in_row, r), merged(shared, in_shared, s)
+            )
+            return (chosen(after, in_carry), loss), after
+
+        def along(*directions: Tensors) -> Any:
+            return torch.func.jvp(once, primals, directions, has_aux=True)
+
+        if count == 1:  # without vmap's overhead
+            first = [tuple(dot[0] for dot in dots) for dots in (carry_dot, row_dot, shared_dot)]
+            (_, loss), (after_dot, loss_dot), after = along(*first)
+            return after, tuple(dot[None] for dot in after_dot), loss, loss_dot[None]
+        (_, loss), (after_dot, loss_dot), after = torch.vmap(along, out_dims=(None, 0, None))(
+            carry_dot, row_dot, shared_dot
+        )
+        return after, after_dot, loss, loss_dot
+
+    return step
+
+
+def _along(
+    function: Callable[[Tensors, Tensors], Tensor], carry: Tensors, carry_dot: Tensors, inputs: Inputs, dots: Inputs
+) -> tuple[Tensor, Tensor]:
+    """A scalar and its K directional derivatives, by one reverse pass and K inner products."""
+    in_carry, in_shared = floating(carry), floating(inputs.shared)
+    ends = [
+        tensor.detach().requires_grad_() for tensor in (*chosen(carry, in_carry), *chosen(inputs.shared, in_shared))
+    ]
+    with torch.enable_grad():
+        value = function(
+            merged(carry, in_carry, ends[: len(in_carry)]), merged(inputs.shared, in_shared, ends[len(in_carry) :])
+        )
+    if not value.requires_grad:
+        return value, torch.zeros(len((*carry_dot, *dots.shared)[0]), dtype=torch.float64, device=value.device)
+    grads = torch.autograd.grad(value, ends, allow_unused=True)
+    products = [
+        (dot.reshape(len(dot), -1).to(grad.dtype) @ grad.conj().flatten()).real.to(torch.float64)
+        for grad, dot in zip(grads, (*carry_dot, *dots.shared), strict=True)
+        if grad is not None
+    ]
+    return value.detach(), torch.stack(products).sum(0)
+
+
+def _rows_of_tangents(tangents: Tensors) -> list[Tensors]:
+    """Tangents of shape (K, T, ...) as one tuple of (K, ...) per step."""
+    return rows(tuple(tangent.transpose(0, 1) for tangent in tangents))
