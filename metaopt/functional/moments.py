@@ -96,11 +96,13 @@ class Moments(Elementwise[StateT]):
 
     @final
     def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Coefficients) -> tuple[Tensor, ...]:
+        exp_avg, exp_avg_sq = state
         return moments_step(
             Inputs(
                 param,
                 grad,
-                *state,
+                exp_avg,
+                exp_avg_sq,
                 beta1=c.beta1,
                 weight1=c.one_minus_beta1,
                 beta2=c.beta2,

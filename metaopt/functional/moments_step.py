@@ -42,6 +42,26 @@ class Inputs(NamedTuple):
     maximize: bool  # s = -1
 
 
+class _Gradients(NamedTuple):
+    """A gradient or a tangent for each of them; None is 0."""
+
+    param: Tensor | None
+    grad: Tensor | None
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    beta1: Tensor | None
+    weight1: Tensor | None
+    beta2: Tensor | None
+    weight2: Tensor | None
+    step_size: Tensor | None
+    eps: Tensor | None
+    root_correction: Tensor | None
+    weight_decay: Tensor | None
+    shrink: Tensor | None
+    rectified: None
+    maximize: None
+
+
 Result = tuple[Tensor, Tensor, Tensor]
 
 
@@ -96,7 +116,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
-        i = Inputs(*tensors, ctx.maximize)
+        i = Inputs(*(*tensors, ctx.maximize))
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
         moved = i.step_size * to_p
@@ -138,7 +158,7 @@ class _Step(torch.autograd.Function):
             product = factors[0] if len(factors) == 1 else factors[0] * factors[1]
             return product.sum_to_size(coefficient.shape)
 
-        return Inputs(
+        return _Gradients(
             param=to_param,
             grad=-to_h if i.maximize else to_h,
             exp_avg=i.beta1 * to_m,
@@ -154,12 +174,12 @@ class _Step(torch.autograd.Function):
             shrink=summed("shrink", to_p, i.param),
             rectified=None,
             maximize=None,
-        )  # type: ignore[arg-type]
+        )
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Result:
-        i = Inputs(*ctx.saved_tensors, ctx.maximize)
-        d = Inputs(*tangents)
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        i = Inputs(*(*ctx.saved_tensors, ctx.maximize))
+        d = _Gradients(*tangents)
         h = _ascent(i)
         to_h = _product(i.weight_decay, d.param, d.weight_decay, i.param)
         if d.grad is not None:
@@ -196,7 +216,7 @@ class _Step(torch.autograd.Function):
         return tuple(
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
-        )  # type: ignore[return-value]
+        )
 
 
 def _root(x: Tensor) -> Tensor:

@@ -41,22 +41,22 @@ def rprop_step(inputs: Inputs) -> Result:
 
 def composed(i: Inputs) -> Result:
     """The step in torch's operations."""
-    scaled, _, flipped = _scaled(i)
+    kept, flipped = _agreement(i)
     # In two, because torch.clamp gives neither bound a derivative where they are equal.
-    step_size = torch.clamp(torch.clamp(scaled, min=i.smallest), max=i.largest)
-    grad = torch.where(flipped, 0.0, i.grad)
+    step_size = torch.clamp(torch.clamp(i.step_size * _factor(i, kept, flipped), min=i.smallest), max=i.largest)
+    grad = i.grad.masked_fill(flipped > 0, 0.0)
     return i.param - torch.sign(grad) * step_size, grad, step_size
 
 
-def _scaled(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The step size before it is clamped; where the gradient has kept its sign, and where it has flipped."""
-    agreement = i.grad * i.prev
-    kept, flipped = agreement > 0, agreement < 0
-    return i.step_size * _factor(i, kept, flipped), kept, flipped
+def _agreement(i: Inputs) -> tuple[Tensor, Tensor]:
+    """1 where the gradient has kept its sign, and 1 where it has flipped; else 0."""
+    sign = torch.sign((i.grad * i.prev).detach())
+    return torch.clamp(sign, min=0.0), torch.clamp(-sign, min=0.0)
 
 
 def _factor(i: Inputs, kept: Tensor, flipped: Tensor) -> Tensor:
-    return torch.where(kept, i.eta_plus, torch.where(flipped, i.eta_minus, 1.0))
+    """eta+, eta- or 1: a sum of which one term is not 0, hence exact, and several times quicker than torch.where."""
+    return kept * i.eta_plus + flipped * i.eta_minus + (1.0 - kept - flipped)
 
 
 class _Step(torch.autograd.Function):
@@ -78,42 +78,41 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, to_p: Any, to_prev: Any, to_size: Any) -> tuple[Any, ...]:
         i = Inputs(to_p, *ctx.saved_tensors)  # the parameter itself is not read
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
-        scaled, kept, flipped = _scaled(i)
-        through = to_size - to_p * torch.sign(torch.where(flipped, 0.0, i.grad))
+        kept, flipped = _agreement(i)
+        factor = _factor(i, kept, flipped)
+        scaled = i.step_size * factor
+        through = to_size - to_p * (torch.sign(i.grad) * (1.0 - flipped))
         below, above = scaled < i.smallest, scaled > i.largest
-        inside = torch.where(below | above, 0.0, through)
+        inside = through.masked_fill(below | above, 0.0)
 
-        def summed(name: str, where: Tensor, product: Tensor) -> Tensor | None:
-            if not wanted[name]:
-                return None
+        def summed(name: str, product: Tensor) -> Tensor:
             coefficient: Tensor = getattr(i, name)
-            return torch.where(where, product, 0.0).sum_to_size(coefficient.shape)
+            return product.sum_to_size(coefficient.shape)
 
-        of_factor = inside * i.step_size if wanted["eta_minus"] or wanted["eta_plus"] else inside
         return (
             to_p,
-            torch.where(flipped, 0.0, to_prev) if wanted["grad"] else None,
+            to_prev.masked_fill(flipped > 0, 0.0) if wanted["grad"] else None,
             torch.zeros_like(i.prev) if wanted["prev"] else None,
-            inside * _factor(i, kept, flipped) if wanted["step_size"] else None,
-            summed("eta_minus", flipped, of_factor),
-            summed("eta_plus", kept, of_factor),
-            summed("smallest", below & (i.smallest <= i.largest), through),
-            summed("largest", above | (below & (i.smallest > i.largest)), through),
+            inside * factor if wanted["step_size"] else None,
+            summed("eta_minus", inside * i.step_size * flipped) if wanted["eta_minus"] else None,
+            summed("eta_plus", inside * i.step_size * kept) if wanted["eta_plus"] else None,
+            summed("smallest", through.masked_fill(~below, 0.0)) if wanted["smallest"] else None,
+            summed("largest", through.masked_fill(~above, 0.0)) if wanted["largest"] else None,
         )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Result:
         i, d = Inputs(*ctx.saved_tensors), Inputs(*tangents)
-        scaled, kept, flipped = _scaled(i)
+        kept, flipped = _agreement(i)
+        factor = _factor(i, kept, flipped)
+        scaled = i.step_size * factor
         zeros = torch.zeros_like(i.param)
 
         def of(tangent: Tensor | None) -> Tensor:
             return zeros if tangent is None else tangent.expand_as(zeros)
 
-        to_scaled = of(d.step_size) * _factor(i, kept, flipped) + i.step_size * torch.where(
-            kept, of(d.eta_plus), torch.where(flipped, of(d.eta_minus), 0.0)
-        )
+        to_scaled = of(d.step_size) * factor + i.step_size * (kept * of(d.eta_plus) + flipped * of(d.eta_minus))
         to_size = torch.where(scaled < i.smallest, of(d.smallest), to_scaled)
-        to_size = torch.where(torch.clamp(scaled, min=i.smallest) > i.largest, of(d.largest), to_size)
-        sign = torch.sign(torch.where(flipped, 0.0, i.grad))
-        return of(d.param) - sign * to_size, torch.where(flipped, 0.0, of(d.grad)), to_size
+        to_size = torch.where(scaled > i.largest, of(d.largest), to_size)
+        sign = torch.sign(i.grad) * (1.0 - flipped)
+        return of(d.param) - sign * to_size, of(d.grad).masked_fill(flipped > 0, 0.0), to_size

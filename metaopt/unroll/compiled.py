@@ -53,7 +53,9 @@ def compiled(key: tuple[Any, ...], function: Callable[..., Any]) -> Callable[...
 class _Compiled:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._compiled: Callable[..., Any] | None = torch.compile(_isolated(function), fullgraph=True, dynamic=False)
+        self._compiled: Callable[..., Any] | None = torch.compile(
+            _isolated(function), backend=_recomputing, fullgraph=True, dynamic=False
+        )
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is None:
@@ -66,6 +68,15 @@ class _Compiled:
             warnings.warn(f"compile=True has no effect, no working compiler was found: {error}", stacklevel=2)
             self._compiled = None
             return self._function(*args)
+
+
+def _recomputing(graph: Any, inputs: Any) -> Any:
+    """Inductor, computing again in the backward pass what costs no matrix product: it reads less memory."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(aggressive_recomputation=True):
+        return compile_fx(graph, inputs)
 
 
 def _no_compiler(error: BaseException | None) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt.unroll.compiled import remembered
+from metaopt.unroll.program import inner_step
 from metaopt.unroll.randomness import Snapshot
 from metaopt.unroll.stretch import Stretch, Unroll, row
 
@@ -39,7 +40,7 @@ def _probed(unroll: Unroll, stretch: Stretch, judged: bool, leaves: list[Tensor]
             batch = unroll.batch(t)
             if stretch.loss_weight:
                 terms.append(program.loss(carry, batch, shared))
-            carry, _ = program.step(carry, batch, row(table, t), shared)
+            carry, _ = inner_step(program, carry, batch, row(table, t), shared)
         if judged:
             terms.append(program.meta_loss(carry, shared))
         objective = torch.stack(terms).sum()

@@ -104,15 +104,23 @@ class FlatProgram:
     def values(self) -> Tensors:
         return self._values.tensors
 
-    def step(self, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
+    def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
+        params, everything = carry[0], self._values.join(shared)
+        if not self.second_order:  # no second-order graph where the update does not see it
+            params, everything = params.detach(), pytree.tree_map(_detached, everything)
+        single = torch.func.grad_and_value(
+            lambda params, batch: self._loss(self._vector.unpack(params), batch, everything)
+        )
+        if not self._replicas:
+            grad, loss = single(params, batch)
+            return (grad,), loss
+        grads, losses = torch.vmap(single)(params, batch)
+        return (grads,), losses.mean()
+
+    def update(self, carry: Tensors, grads: Tensors, row: Tensors, shared: Tensors) -> Tensors:
         params, *state = carry
-        everything = self._values.join(shared)
-        if self.second_order:
-            grad, loss = self._gradient(params, batch, everything)
-        else:  # no second-order graph where the update does not see it
-            grad, loss = self._gradient(params.detach(), batch, pytree.tree_map(_detached, everything))
         c = self._coefficients.join([self._vector.spread(c) if c.dim() else c for c in row])
-        return tuple(self._opt.apply(params, grad, state, c)), loss
+        return tuple(self._opt.apply(params, grads[0], state, c))
 
     def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
         everything = self._values.join(shared)
@@ -124,16 +132,6 @@ class FlatProgram:
 
     def params(self, carry: Tensors) -> Any:
         return self._vector.unpack(carry[0])
-
-    def _gradient(self, params: Tensor, batch: Any, everything: Any) -> tuple[Tensor, Tensor]:
-        single = torch.func.grad_and_value(
-            lambda params, batch: self._loss(self._vector.unpack(params), batch, everything)
-        )
-        if not self._replicas:
-            grad, loss = single(params, batch)
-            return grad, loss
-        grads, losses = torch.vmap(single)(params, batch)
-        return grads, losses.mean()
 
     def _mine(self, everything: Mapping[str, Any]) -> dict[str, Any]:
         return {name: everything[name] for name in self._opt.hyperparameters}

@@ -49,10 +49,15 @@ class GeneralProgram:
         start = Split(self._step.begin(self._params, everything)).tensors
         return Inputs(start, Split(self._callables(everything)).tensors, tuple(values))
 
-    def step(self, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
-        everything = self._values.join(shared)
-        after, loss = self._step.update(self._carry.join(carry), batch, everything, self._mine(everything, row))
-        return Split(after).tensors, loss
+    def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
+        grads, loss = self._step.gradient(self.params(carry), batch, self._values.join(shared))
+        return Split(grads).tensors, loss
+
+    def update(self, carry: Tensors, grads: Tensors, row: Tensors, shared: Tensors) -> Tensors:
+        joined: Carry = self._carry.join(carry)
+        gradient = pytree.tree_unflatten(list(grads), pytree.tree_structure(joined.params))
+        after = self._step.update(joined, gradient, self._mine(self._values.join(shared), row))
+        return Split(after).tensors
 
     def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
         params: Any = self.params(carry)
@@ -78,7 +83,10 @@ class GeneralProgram:
     def _mine(self, everything: Mapping[str, Any], row: Tensors) -> dict[str, Any]:
         mine = {name: everything[name] for name in self._step.opt.hyperparameters}
         values = iter(row)
-        return pytree.tree_map(lambda leaf: next(values) if _is_schedule(leaf) else leaf, mine, is_leaf=_is_schedule)
+        given: dict[str, Any] = pytree.tree_map(
+            lambda leaf: next(values) if _is_schedule(leaf) else leaf, mine, is_leaf=_is_schedule
+        )
+        return given
 
 
 def _is_schedule(leaf: Any) -> bool:

@@ -76,34 +76,37 @@ class InnerStep:
         return carry_after, loss
 
     def _step(self, carry: Carry, batch: Any, values: Mapping[str, Any], step: int) -> tuple[Carry, Tensor]:
-        return self.update(carry, batch, self.complete(values), self._of_optimizer(values, step))
+        grads, loss = self.gradient(carry.params, batch, self.complete(values))
+        return self.update(carry, grads, self._of_optimizer(values, step)), loss
 
-    def update(
-        self, carry: Carry, batch: Any, values: Mapping[str, Any], mine: Mapping[str, Any]
-    ) -> tuple[Carry, Tensor]:
-        """A step with the optimizer's values of this step given.
+    def gradient(self, params: Any, batch: Any, values: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """The gradient of the inner loss, and the loss; constants where the update is not smooth in them.
+
+        Args:
+            params: before the step.
+            batch: what it trains on.
+            values: all values, which the loss reads.
+        """
+        single = self.task.task.loss if isinstance(self.task, Replicas) else self.task.loss
+        gradient = torch.func.grad_and_value(lambda params, batch: single(params, batch, values))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._second_order):
+            if not isinstance(self.task, Replicas):
+                grads, loss = gradient(params, batch)
+                return grads, loss
+            grads, losses = torch.vmap(gradient)(params, batch)
+            return grads, losses.mean()
+
+    def update(self, carry: Carry, grads: Any, mine: Mapping[str, Any]) -> Carry:
+        """The next carry.
 
         Args:
             carry: before the step.
-            batch: what it trains on.
-            values: all values, which the loss reads.
-            mine: the optimizer's, without callables.
+            grads: at its parameters.
+            mine: the optimizer's values at this step, without callables.
         """
-        params, state = carry
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._second_order):
-            grads, loss = self._gradient(params, batch, values)
         update: Callable[..., Any] = lambda *args: self.opt.step(*args, **mine)  # noqa: E731
-        params, state = (torch.vmap(update) if self._vmap_opt else update)(params, grads, state)
-        return Carry(params, state), loss
-
-    def _gradient(self, params: Any, batch: Any, values: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        if not isinstance(self.task, Replicas):
-            grads, loss = torch.func.grad_and_value(self.task.loss)(params, batch, values)
-            return grads, loss
-        single = self.task.task.loss
-        gradient = torch.func.grad_and_value(lambda params, batch: single(params, batch, values))
-        grads, losses = torch.vmap(gradient)(params, batch)
-        return grads, losses.mean()
+        params, state = (torch.vmap(update) if self._vmap_opt else update)(carry.params, grads, carry.state)
+        return Carry(params, state)
 
     def _of_optimizer(self, values: Mapping[str, Any], step: int) -> dict[str, Any]:
         """The optimizer's values at a step; counted here, so that a schedule sees an int under every transform."""

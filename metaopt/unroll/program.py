@@ -1,12 +1,13 @@
-"""An unroll as plain data: tensors that go in, and one pure step.
+"""An unroll as plain data: tensors that go in, and a pure step in two halves.
 
     x_0                        the carry before the first step: parameters and state
     u_t                        what only step t reads (coefficients of the optimizer, values of schedules)
     w                          what every step reads
-    x_{t+1}, loss_t = step(x_t, batch_t, u_t, w)
+    g_t, loss_t = gradient(x_t, batch_t, w)
+    x_{t+1} = update(x_t, g_t, u_t, w)
 
-Every way to differentiate an unroll (recording it, recomputing it in segments, forward mode, each compiled or not) works
-on these four and knows nothing of optimizers or schedules. How x_0, u and w depend on the hyperparameters is a small
+Every way to differentiate an unroll (recording it, recomputing it in segments, forward mode, each compiled or not)
+works on these and knows nothing of optimizers or schedules. How x_0, u and w depend on the hyperparameters is a small
 graph of its own, recorded once for the whole horizon: `Sources` joins the two by the chain rule.
 """
 
@@ -68,8 +69,7 @@ class Program(Protocol):
     Attributes:
         key: equal for programs of which one may do the other's steps; hashable, or the steps are not shared.
         values: the tensors among the hyperparameters' values, which `inputs` is a function of.
-        second_order: whether a step depends on its gradient smoothly; the loss that `step` returns is then
-            differentiable, and otherwise a constant.
+        second_order: whether an update depends on its gradient smoothly.
     """
 
     key: tuple[Any, ...]
@@ -81,8 +81,11 @@ class Program(Protocol):
     def inputs(self, values: Sequence[Tensor]) -> Inputs:
         """The tensors of the unroll."""
 
-    def step(self, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
-        """The next carry, and the inner loss before the step."""
+    def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
+        """The gradient of the inner loss, and the loss: constants if not ``second_order``."""
+
+    def update(self, carry: Tensors, grads: Tensors, row: Tensors, shared: Tensors) -> Tensors:
+        """The next carry."""
 
     def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
         """The inner loss, differentiable with respect to the carry."""
@@ -92,6 +95,12 @@ class Program(Protocol):
 
     def params(self, carry: Tensors) -> Any:
         """The parameters of a carry as the task's tree."""
+
+
+def inner_step(program: Program, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
+    """The next carry, and the inner loss before the step."""
+    grads, loss = program.gradient(carry, batch, shared)
+    return program.update(carry, grads, row, shared), loss
 
 
 class Sources:
@@ -154,7 +163,7 @@ def chosen(tensors: Sequence[Tensor], where: Sequence[int]) -> Tensors:
     return tuple(tensors[index] for index in where)
 
 
-def merged(tensors: Sequence[Tensor], where: Sequence[int], others: Sequence[Tensor]) -> Tensors:
+def merged(tensors: Sequence[Any], where: Sequence[int], others: Sequence[Any]) -> tuple[Any, ...]:
     """The tensors with ``others`` in these places."""
     result = list(tensors)
     for index, tensor in zip(where, others, strict=True):

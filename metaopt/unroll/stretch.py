@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Generator, Tensor
 
 from metaopt.tasks import Task
 from metaopt.unroll.compiled import compiled
-from metaopt.unroll.program import Program, Sources, Tensors, rows
+from metaopt.unroll.program import Program, Sources, Tensors, inner_step, rows
 
 
 class Stretch(NamedTuple):
@@ -48,7 +49,13 @@ class Unroll:
     ) -> None:
         self.program, self.sources, self.task, self.generator, self.compile = program, sources, task, generator, compile
         self.shared = sources.leaves.shared
-        self.step = self.maybe_compiled("step", program.step)
+        if program.second_order or not compile:
+            self.step = self.maybe_compiled("step", partial(inner_step, program))
+        else:
+            # Nothing is differentiated in the costly half, and the update with its derivatives by hand is quicker than
+            # what the compiler makes of it.
+            gradient = self.maybe_compiled("gradient", program.gradient)
+            self.step = lambda carry, batch, row, shared: _in_halves(program, gradient, carry, batch, row, shared)
 
     def maybe_compiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of this program, compiled if that is wanted."""
@@ -75,6 +82,14 @@ class Unroll:
         for t in steps:
             carry, _ = self.step(carry, self.batch(t), row(table, t), self.shared)
         return carry
+
+
+def _in_halves(
+    program: Program, gradient: Callable[..., Any], carry: Tensors, batch: Any, row: Tensors, shared: Tensors
+) -> tuple[Tensors, Tensor]:
+    with torch.no_grad():
+        grads, loss = gradient(carry, batch, shared)
+    return program.update(carry, grads, row, shared), loss
 
 
 def row(table: list[Tensors], t: int) -> Tensors:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.unroll.program import Inputs, Program, Tensors, chosen, floating, merged, rows
+from metaopt.unroll.program import Inputs, Program, Tensors, chosen, floating, inner_step, merged, rows
 from metaopt.unroll.stretch import Stretch, Unroll, grown, row
 
 TangentStep = Callable[..., tuple[Tensors, Tensors, Tensor, Tensor]]
@@ -85,7 +85,10 @@ def _inputs(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tu
         return [chosen(part, floating(part)) for part in program.inputs(merged(values, where, given))]
 
     where = floating(values)
-    along = lambda *directions: torch.func.jvp(differentiable, chosen(values, where), directions)[1]  # noqa: E731
+
+    def along(*directions: Tensor) -> Any:
+        return torch.func.jvp(differentiable, chosen(values, where), directions)[1]
+
     return program.inputs(values), Inputs(*torch.vmap(along)(*chosen(tangents, where)))
 
 
@@ -103,8 +106,8 @@ def _tangent_step(program: Program, count: int) -> TangentStep:
         primals = (chosen(carry, in_carry), chosen(row, in_row), chosen(shared, in_shared))
 
         def once(c: Tensors, r: Tensors, s: Tensors) -> tuple[tuple[Tensors, Tensor], Tensors]:
-            after, loss = program.step(
-                merged(carry, in_carry, c), batch, merged(row, in_row, r), merged(shared, in_shared, s)
+            after, loss = inner_step(
+                program, merged(carry, in_carry, c), batch, merged(row, in_row, r), merged(shared, in_shared, s)
             )
             return (chosen(after, in_carry), loss), after
 
@@ -115,7 +118,7 @@ def _tangent_step(program: Program, count: int) -> TangentStep:
             first = [tuple(dot[0] for dot in dots) for dots in (carry_dot, row_dot, shared_dot)]
             (_, loss), (after_dot, loss_dot), after = along(*first)
             return after, tuple(dot[None] for dot in after_dot), loss, loss_dot[None]
-        (_, loss), (after_dot, loss_dot), after = torch.vmap(along, out_dims=(None, 0, None))(
+        (_, loss), (after_dot, loss_dot), after = torch.vmap(along, out_dims=(None, 0, None))(  # type: ignore[arg-type]
             carry_dot, row_dot, shared_dot
         )
         return after, after_dot, loss, loss_dot

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.unroll.program import Tensors, chosen, floating, merged
+from metaopt.unroll.program import Tensors, chosen, floating, inner_step, merged
 from metaopt.unroll.stretch import Unroll
 
 Bars = Sequence[Tensor | None]  # gradients; None where nothing depends on the tensor
@@ -46,7 +46,7 @@ def _eager(unroll: Unroll, loss_weight: float) -> VJP:
         carry = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in carry)
         row = tuple(c.detach().requires_grad_(i in in_rows) for i, c in enumerate(row))
         with torch.enable_grad():
-            after, loss = program.step(carry, batch, row, shared)
+            after, loss = inner_step(program, carry, batch, row, shared)
             if loss_weight and not program.second_order:
                 loss = program.loss(carry, batch, shared)
         ends = [(x, bar) for x, bar in zip(after, adjoint, strict=True) if bar is not None and x.requires_grad]
@@ -67,7 +67,6 @@ def _eager(unroll: Unroll, loss_weight: float) -> VJP:
 def _compiled(unroll: Unroll, loss_weight: float) -> VJP:
     program, shared = unroll.program, unroll.shared
     in_rows, in_shared = learned(unroll)
-    fixed = [None if i in in_shared else tensor for i, tensor in enumerate(shared)]
 
     def pull(
         carry: Tensors, batch: Any, row: Tensors, moving: Tensors, still: Tensors, adjoint: Tensors
@@ -78,13 +77,13 @@ def _compiled(unroll: Unroll, loss_weight: float) -> VJP:
             before = merged(carry, in_carry, carry_moving)
             whole_row = merged(row, in_rows, row_moving)
             rest = iter(still)
-            whole = merged([next(rest) if i not in in_shared else None for i in range(len(fixed))], in_shared, moving)
-            after, loss = program.step(before, batch, whole_row, whole)
+            whole = merged([None if i in in_shared else next(rest) for i in range(len(shared))], in_shared, moving)
+            after, loss = inner_step(program, before, batch, whole_row, whole)
             if loss_weight and not program.second_order:
                 loss = program.loss(before, batch, whole)
             return chosen(after, in_carry), loss_weight * loss if loss_weight else torch.zeros_like(loss)
 
-        (_, loss), product = torch.func.vjp(step, chosen(carry, in_carry), chosen(row, in_rows), moving)
+        (_, loss), product, *_ = torch.func.vjp(step, chosen(carry, in_carry), chosen(row, in_rows), moving)
         return product((chosen(adjoint, in_carry), torch.ones_like(loss)))  # type: ignore[no-any-return]
 
     run = unroll.maybe_compiled(f"vjp {loss_weight}", pull)
