@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from metaopt import functional, metagrad, optim, tasks
     from metaopt.hyper import Hyperparameters, PerParameter
     from metaopt.schedule import Schedule
+    from metaopt.suggestion import suggest
     from metaopt.train import meta_train
     from metaopt.unroll import inner_loop
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Schedule": "metaopt.schedule",
     "inner_loop": "metaopt.unroll",
     "meta_train": "metaopt.train",
+    "suggest": "metaopt.suggestion",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "meta_train",
     "metagrad",
     "optim",
+    "suggest",
     "tasks",
 ]
 

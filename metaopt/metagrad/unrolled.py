@@ -79,7 +79,9 @@ class Unrolled:
         self.compile = compile
 
     def __repr__(self) -> str:
-        return f"Unrolled(steps={self.steps}, objective={self.objective!r}, truncation={self.truncation})"
+        options = {"truncation": self.truncation, "segments": self.segments, "compile": self.compile or None}
+        given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return f"Unrolled(steps={self.steps}, objective={self.objective!r}{given})"
 
     def backward(self, task: Task, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None) -> Tensor:
         """Accumulate the hypergradient into ``.grad`` of hyper's parameters, and return the meta-loss.

@@ -9,6 +9,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
     count = len(tangents[0])
     with torch.no_grad():
         inputs, dots = _inputs(program, tuple(value.detach() for value in values), tangents)
-        step = unroll.maybe_compiled(f"tangents {count}", _tangent_step(program, count))
+        step = unroll.maybe_compiled(f"tangents {count}", tangent_step(program, count))
         judged = bool(stretch.loss_weight)
         carry, carry_dot = inputs.start, dots.start
         table, table_dot = rows(inputs.per_step), _rows_of_tangents(dots.per_step)
@@ -64,9 +65,7 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
             )
             if judged:
                 if not program.second_order:
-                    loss, loss_dot = _along(
-                        lambda c, s, batch=batch: program.loss(c, batch, s), before, before_dot, inputs, dots
-                    )
+                    loss, loss_dot = _along(partial(_loss, program, batch), before, before_dot, inputs, dots)
                 total = grown(total, stretch.loss_weight * loss)
                 gradient = grown(gradient, stretch.loss_weight * loss_dot)
             if weight := stretch.meta_weight(t + 1):
@@ -76,6 +75,10 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
     assert total is not None
     assert gradient is not None
     return total, gradient
+
+
+def _loss(program: Program, batch: Any, carry: Tensors, shared: Tensors) -> Tensor:
+    return program.loss(carry, batch, shared)
 
 
 def _inputs(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
@@ -92,7 +95,9 @@ def _inputs(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tu
     return program.inputs(values), Inputs(*torch.vmap(along)(*chosen(tangents, where)))
 
 
-def _tangent_step(program: Program, count: int) -> TangentStep:
+def tangent_step(program: Program, count: int) -> TangentStep:
+    """A step that carries ``count`` tangents along: the carry after it, its tangents, the loss and its tangents."""
+
     def step(
         carry: Tensors,
         carry_dot: Tensors,
