@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,20 +174,11 @@ class _Step:
         times = []
         for count in few:
             step = tangent_step(program, count)
-            dots = [
-                tuple(
-                    torch.zeros(count, *x.shape, dtype=x.dtype, device=x.device) for x in part if x.is_floating_point()
-                )
-                for part in (self._inputs.start, self._row(), self._inputs.shared)
-            ]
+            carry, row, shared = self._inputs.start, self._row(), self._inputs.shared
+            dots = [_tangents(part, count) for part in (carry, row, shared)]
+            run = partial(step, carry, dots[0], self._batch, row, dots[1], shared, dots[2])
             with torch.no_grad():
-                times.append(
-                    self._seconds(
-                        lambda step=step, dots=dots: step(
-                            self._inputs.start, dots[0], self._batch, self._row(), dots[1], self._inputs.shared, dots[2]
-                        )
-                    )
-                )
+                times.append(self._seconds(run))
         if len(few) == 1:
             return times[0]
         slope = max(0.0, times[1] - times[0]) / (few[1] - few[0])

@@ -35,7 +35,7 @@ class Fused(torch.optim.Optimizer):
         fits: bool = self._fits(group)
         return fits
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the compiler now
     def _fits(self, group: dict[str, Any]) -> bool:
         """Whether a group that is not to be left to torch can take the fused update."""
         fused = group["fused"]
@@ -60,7 +60,7 @@ class Fused(torch.optim.Optimizer):
         """Whether ``torch.amp.GradScaler`` leaves unscaling, and skipping what is not finite, to this optimizer."""
         return all(self._is_fused(group) for group in self.param_groups)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the compiler now
     def _fused_step(self, groups: list[dict[str, Any]]) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         caches: dict[int, Any] = self.__dict__.setdefault("_fused_caches", {})
