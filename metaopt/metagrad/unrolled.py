@@ -16,9 +16,10 @@ from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
-from metaopt.metagrad.objective import Objective, check_objective, windows
+from metaopt.metagrad.objective import Objective, check_objective, whole, windows
 from metaopt.tasks import Task
 from metaopt.unroll.adjoint import sweep
+from metaopt.unroll.dependence import dependence
 from metaopt.unroll.make import make_program
 from metaopt.unroll.program import Sources
 from metaopt.unroll.recorded import record
@@ -114,6 +115,8 @@ class Unrolled:
             else:
                 carry, part = sweep(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
             total = grown(total, part)
+        if self.compile:  # compiled steps return 0 where a recorded graph has nothing
+            sources.keep(dependence(unroll, whole(self.objective, self.steps)))
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         assert total is not None

@@ -20,6 +20,7 @@ from metaopt.functional.tree import Tree
 from metaopt.functional.values import Once, at_step, to_tensors
 from metaopt.schedule import Schedule
 from metaopt.tasks import Replicas, Task
+from metaopt.unroll.gradient import inner_gradient
 from metaopt.unroll.program import Inputs, Split, Tensors
 
 
@@ -108,14 +109,14 @@ class FlatProgram:
         params, everything = carry[0], self._values.join(shared)
         if not self.second_order:  # no second-order graph where the update does not see it
             params, everything = params.detach(), pytree.tree_map(_detached, everything)
-        single = torch.func.grad_and_value(
-            lambda params, batch: self._loss(self._vector.unpack(params), batch, everything)
+        grad, loss = inner_gradient(
+            lambda params, batch: self._loss(self._vector.unpack(params), batch, everything),
+            params,
+            batch,
+            replicas=self._replicas,
+            second_order=self.second_order,
         )
-        if not self._replicas:
-            grad, loss = single(params, batch)
-            return (grad,), loss
-        grads, losses = torch.vmap(single)(params, batch)
-        return (grads,), losses.mean()
+        return (grad,), loss
 
     def update(self, carry: Tensors, grads: Tensors, row: Tensors, shared: Tensors) -> Tensors:
         params, *state = carry

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from metaopt.functional import Optimizer
 from metaopt.functional.values import at_step
 from metaopt.tasks import Replicas, Task
+from metaopt.unroll.gradient import inner_gradient
 
 
 class Carry(NamedTuple):
@@ -88,13 +89,14 @@ class InnerStep:
             values: all values, which the loss reads.
         """
         single = self.task.task.loss if isinstance(self.task, Replicas) else self.task.loss
-        gradient = torch.func.grad_and_value(lambda params, batch: single(params, batch, values))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._second_order):
-            if not isinstance(self.task, Replicas):
-                grads, loss = gradient(params, batch)
-                return grads, loss
-            grads, losses = torch.vmap(gradient)(params, batch)
-            return grads, losses.mean()
+            return inner_gradient(
+                lambda params, batch: single(params, batch, values),
+                params,
+                batch,
+                replicas=isinstance(self.task, Replicas),
+                second_order=self._second_order,
+            )
 
     def update(self, carry: Carry, grads: Any, mine: Mapping[str, Any]) -> Carry:
         """The next carry.

@@ -125,6 +125,12 @@ class Sources:
                 total = self._sums.get(id(leaf))
                 self._sums[id(leaf)] = grad if total is None else total + grad
 
+    def keep(self, connected: Sequence[bool]) -> None:
+        """Drop the gradients, all 0, of those of the `differentiable` leaves that nothing depends on."""
+        for leaf, yes in zip(self.differentiable, connected, strict=True):
+            if not yes:
+                self._sums.pop(id(leaf), None)
+
     @property
     def differentiable(self) -> list[Tensor]:
         """The leaves that require grad."""
