@@ -71,7 +71,8 @@ class Unrolled:
         check_objective(steps, objective)
         if truncation is not None and not 1 <= truncation <= steps:
             raise ValueError(f"truncation must be in 1..steps ({steps}), got truncation={truncation}")
-        if segments not in (None, "sqrt") and not (isinstance(segments, int) and segments >= 1):
+        length = isinstance(segments, int) and not isinstance(segments, bool) and segments >= 1
+        if segments not in (None, "sqrt") and not length:
             raise ValueError(f"segments must be None, 'sqrt' or a length >= 1, got segments={segments!r}")
         self.steps = steps
         self.objective = objective

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
 _CACHE: OrderedDict[Any, Any] = OrderedDict()
 _KEPT = 64
@@ -50,11 +52,45 @@ def compiled(key: tuple[Any, ...], function: Callable[..., Any]) -> Callable[...
     return remembered(key, lambda: _Compiled(function))
 
 
+class Trusted:
+    """A compiled function during one unroll, in which nothing changes but its arguments.
+
+    Before each call the compiler looks at all that the function has read when it was compiled, every attribute of every
+    module; that takes as long as a small step. Here it looks once for each form of the arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._forms: set[Any] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        form = (torch.is_grad_enabled(), *_forms(args))
+        if form in self._forms:
+            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+                return self._function(*args)
+        self._forms.add(form)
+        return self._function(*args)
+
+
+def _forms(args: Iterable[Any]) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg.shape, arg.stride(), arg.dtype, arg.requires_grad
+        elif isinstance(arg, tuple | list):
+            yield from _forms(arg)
+        else:
+            leaves = pytree.tree_leaves(arg)
+            yield from leaves if len(leaves) == 1 and leaves[0] is arg else _forms(leaves)
+
+
 class _Compiled:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._compiled: Callable[..., Any] | None = torch.compile(
-            _isolated(function), backend=_recomputing, fullgraph=True, dynamic=False
+            _isolated(function),
+            backend=_recomputing,
+            fullgraph=True,
+            dynamic=False,
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -65,7 +101,7 @@ class _Compiled:
         except Exception as error:
             if not _no_compiler(error):
                 raise
-            warnings.warn(f"compile=True has no effect, no working compiler was found: {error}", stacklevel=2)
+            _warn_once(str(error))
             self._compiled = None
             return self._function(*args)
 
@@ -77,6 +113,11 @@ def _recomputing(graph: Any, inputs: Any) -> Any:
 
     with config.patch(aggressive_recomputation=True):
         return compile_fx(graph, inputs)
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    warnings.warn(f"compile=True has no effect, no working compiler was found: {why}", stacklevel=4)
 
 
 def _no_compiler(error: BaseException | None) -> bool:

@@ -90,7 +90,8 @@ class GeneralProgram:
 
 
 def _is_schedule(leaf: Any) -> bool:
-    return callable(leaf) and not isinstance(leaf, Tensor)
+    # The compiler cannot say whether a container is callable.
+    return not isinstance(leaf, Tensor | dict | tuple | list) and callable(leaf)
 
 
 def _detached(leaf: Any) -> Any:

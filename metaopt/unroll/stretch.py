@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.tasks import Task
-from metaopt.unroll.compiled import compiled
+from metaopt.unroll.compiled import Trusted, compiled
 from metaopt.unroll.program import Program, Sources, Tensors, inner_step, rows
 
 
@@ -61,7 +61,7 @@ class Unroll:
         """A function of this program, compiled if that is wanted."""
         if not self.compile:
             return function
-        return compiled((name, self.learned_key, self.program.key), function)
+        return Trusted(compiled((name, self.learned_key, self.program.key), function))
 
     @property
     def learned_key(self) -> tuple[bool, ...]:
@@ -88,7 +88,7 @@ def _in_halves(
     program: Program, gradient: Callable[..., Any], carry: Tensors, batch: Any, row: Tensors, shared: Tensors
 ) -> tuple[Tensors, Tensor]:
     with torch.no_grad():
-        grads, loss = gradient(carry, batch, shared)
+        grads, loss = gradient(tuple(x.detach() for x in carry), batch, shared)
     return program.update(carry, grads, row, shared), loss
 
 
