@@ -53,7 +53,8 @@ class Vector:
 
     def spread(self, coefficient: Tensor) -> Tensor:
         """A coefficient per tensor, shape (number of tensors,), as one per element."""
-        return torch.cat([c.expand(size) for c, size in zip(coefficient.unbind(), self.sizes, strict=True)])
+        each = coefficient.clone().unbind()  # a row of a table may have strides that forward mode takes amiss
+        return torch.cat([c.expand(size) for c, size in zip(each, self.sizes, strict=True)])
 
 
 def fits(opt: Any, params: Any, values: Mapping[str, Any]) -> bool:

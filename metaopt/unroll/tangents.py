@@ -155,5 +155,5 @@ def _along(
 
 
 def _rows_of_tangents(tangents: Tensors) -> list[Tensors]:
-    """Tangents of shape (K, T, ...) as one tuple of (K, ...) per step."""
-    return rows(tuple(tangent.transpose(0, 1) for tangent in tangents))
+    """Tangents of shape (K, T, ...) as one tuple of (K, ...) per step, whose strides do not tell T."""
+    return rows(tuple(tangent.transpose(0, 1).contiguous() for tangent in tangents))

@@ -67,9 +67,16 @@ def _eager(unroll: Unroll, loss_weight: float) -> VJP:
 def _compiled(unroll: Unroll, loss_weight: float) -> VJP:
     program, shared = unroll.program, unroll.shared
     in_rows, in_shared = learned(unroll)
+    in_objective, count = loss_weight != 0.0, len(shared)
 
     def pull(
-        carry: Tensors, batch: Any, row: Tensors, moving: Tensors, still: Tensors, adjoint: Tensors
+        carry: Tensors,
+        batch: Any,
+        row: Tensors,
+        moving: Tensors,
+        still: Tensors,
+        adjoint: Tensors,
+        weight: Tensor,
     ) -> tuple[Tensors, Tensors, Tensors]:
         in_carry = floating(carry)
 
@@ -77,23 +84,24 @@ def _compiled(unroll: Unroll, loss_weight: float) -> VJP:
             before = merged(carry, in_carry, carry_moving)
             whole_row = merged(row, in_rows, row_moving)
             rest = iter(still)
-            whole = merged([None if i in in_shared else next(rest) for i in range(len(shared))], in_shared, moving)
+            whole = merged([None if i in in_shared else next(rest) for i in range(count)], in_shared, moving)
             after, loss = inner_step(program, before, batch, whole_row, whole)
-            if loss_weight and not program.second_order:
+            if in_objective and not program.second_order:
                 loss = program.loss(before, batch, whole)
-            return chosen(after, in_carry), loss_weight * loss if loss_weight else torch.zeros_like(loss)
+            return chosen(after, in_carry), loss if in_objective else torch.zeros_like(loss)
 
         (_, loss), product, *_ = torch.func.vjp(step, chosen(carry, in_carry), chosen(row, in_rows), moving)
-        return product((chosen(adjoint, in_carry), torch.ones_like(loss)))  # type: ignore[no-any-return]
+        return product((chosen(adjoint, in_carry), weight.to(loss.dtype)))  # type: ignore[no-any-return]
 
-    run = unroll.maybe_compiled(f"vjp {loss_weight}", pull)
+    run = unroll.maybe_compiled(f"vjp {in_objective}", pull)
     moving = tuple(shared[i].detach() for i in in_shared)
+    weight = torch.tensor(loss_weight, dtype=torch.float64, device=unroll.sources.leaves.start[0].device)
     still = tuple(tensor.detach() for i, tensor in enumerate(shared) if i not in in_shared)
 
     def vjp(carry: Tensors, batch: Any, row: Tensors, adjoint: Bars) -> Cotangents:
         bars = tuple(torch.zeros_like(x) if bar is None else bar for x, bar in zip(carry, adjoint, strict=True))
         with torch.no_grad():
-            from_carry, from_row, from_shared = run(carry, batch, row, moving, still, bars)
+            from_carry, from_row, from_shared = run(carry, batch, row, moving, still, bars, weight)
         return Cotangents(merged([None] * len(carry), floating(carry), from_carry), from_row, from_shared)
 
     return vjp

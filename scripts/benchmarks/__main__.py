@@ -6,7 +6,10 @@ import importlib
 import sys
 from pathlib import Path
 
-COMMANDS = {"step": "one optimizer step: torch's, compiled, and fused, against the memory's bandwidth"}
+COMMANDS = {
+    "step": "one optimizer step: torch's, compiled, and fused, against the memory's bandwidth",
+    "unroll": "d meta-loss / d lr through training: ours and its peers, against plain training",
+}
 
 
 def main() -> int:

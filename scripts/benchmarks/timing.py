@@ -31,6 +31,7 @@ class Timing:
     best: float  # least wall
     rounds: int
     repeats: int  # runs in a row within a round
+    samples: tuple[float, ...]  # wall of each round
 
 
 def interleaved(
@@ -40,27 +41,30 @@ def interleaved(
     rounds: int = 15,
     at_least: float = 0.02,
     between: Callable[[], object] | None = None,
+    least: int = 3,
 ) -> list[Timing]:
     """Time contenders in turn, so that whatever disturbs the machine disturbs all of them.
 
     Args:
         contenders: warmed up.
         device: on which they work.
-        seconds: that all of it may take, about; at least three rounds are run.
+        seconds: that all of it may take, about.
         rounds: at most.
         at_least: seconds that a contender runs for in a round, by repeating what is short.
         between: run before each round, outside the time taken.
+        least: rounds at least.
     """
     sample = _on_gpu if device.type == "cuda" else _on_cpu
     repeats, estimates = [], []
     for contender in contenders:
         once = _on_cpu(contender.run, 1, 0.0, device)[0]
-        estimate = min(once, _on_cpu(contender.run, max(1, min(5, int(at_least / once))), 0.0, device)[0])
+        again = max(1, min(5, int(at_least / once))) if once < 10 * at_least else 0
+        estimate = min(once, _on_cpu(contender.run, again, 0.0, device)[0]) if again else once
         estimates.append(estimate)
         repeats.append(max(1, min(200, math.ceil(at_least / estimate))))
     a_round = sum(count * estimate for count, estimate in zip(repeats, estimates, strict=True))
     a_round *= 1 if device.type == "cpu" else 3  # twice, and the wait before the second
-    rounds = max(3, min(rounds, int(seconds / a_round)))
+    rounds = max(least, min(rounds, int(seconds / a_round)))
     samples: list[list[tuple[float, float]]] = [[] for _ in contenders]
     for number in range(rounds):
         if between is not None:
@@ -76,6 +80,7 @@ def interleaved(
             min(wall for wall, _ in taken),
             rounds,
             count,
+            tuple(wall for wall, _ in taken),
         )
         for contender, taken, count in zip(contenders, samples, repeats, strict=True)
     ]

@@ -1,0 +1,337 @@
+"""Compiled unrolls: the numbers of the eager ones, one compilation for all of them, and a way on without a compiler."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from torch._dynamo.utils import counters
+from torch.distributions import constraints
+
+from metaopt import Hyperparameters, PerParameter, Schedule
+from metaopt.functional import REGISTRY, radam, rprop, sgd
+from metaopt.metagrad import Estimator, Forward, Unrolled
+from metaopt.tasks import NoisyQuadratic, Replicas
+from metaopt.unroll import compiled
+from tests.metagrad.reference import STARTS, Regression, seeded
+from tests.unroll.test_modes import CASES, IGNORED, NORMALIZED, Raw, assert_close, f64, measured
+
+F64 = torch.float64
+STEPS = 8  # RAdam rectifies from the sixth on
+NAMES = ("in.weight", "in.bias", "out.weight")
+
+MODES: dict[str, Callable[..., Estimator]] = {
+    "recorded": functools.partial(Unrolled, compile=True),
+    "segments": functools.partial(Unrolled, segments="sqrt", compile=True),
+    "forward": functools.partial(Forward, compile=True),
+}
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+# Dynamo looks at .grad of every tensor that it meets, and inductor imports scripted modules.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Nothing compiled is left from another test, nor for one."""
+    yield
+    compiled._CACHE.clear()
+    compiled._warn_once.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without code generation: traced by dynamo and AOT autograd, and run as it is. A tenth of the time."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **{**options, "backend": "aot_eager"}))
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+class Single(Regression):
+    """The network in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.y = self.x.float(), self.y.float()
+
+    def init(self, generator: Generator | None) -> dict[str, Tensor]:
+        return {name: p.float() for name, p in super().init(generator).items()}
+
+
+def gradient(
+    estimator: Estimator, task: Any, opt: Any, learn: Mapping[str, Any], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    hyper = Hyperparameters(opt, learn)
+    loss = estimator.backward(task, opt, hyper, seeded(seed))
+    return loss, torch.cat([p.grad.flatten() for p in hyper.parameters() if p.grad is not None])
+
+
+# With inductor
+
+
+@each_mode
+def test_radam_compiles_once_and_gives_the_eager_hypergradient_at_every_horizon_and_seed(mode: str) -> None:
+    """Twenty meta-steps, the hyperparameters changing, on either side of the first rectified step; float64."""
+    task, opt = Regression(), radam()
+    hyper = Hyperparameters(opt, STARTS["radam"])
+    meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=0.01)
+    after_first = None
+    for meta_step in range(20):
+        steps = (8, 12, 4)[meta_step % 3]
+        meta_optimizer.zero_grad()
+        loss = MODES[mode](steps).backward(task, opt, hyper, seeded(meta_step))
+        got = {key: p.grad for key, p in hyper.named_parameters()}
+        meta_optimizer.zero_grad()
+        want = Unrolled(steps).backward(task, opt, hyper, seeded(meta_step))
+        torch.testing.assert_close(loss, want, rtol=1e-10, atol=0.0)
+        for key, p in hyper.named_parameters():
+            assert p.grad is not None
+            torch.testing.assert_close(got[key], p.grad, rtol=1e-9, atol=1e-15)
+        meta_optimizer.step()
+        after_first = after_first or graphs()
+        assert graphs() == after_first, f"meta-step {meta_step} compiled anew"
+    assert after_first
+
+
+@each_mode
+def test_rprop_in_single_precision_gives_the_eager_hypergradient(mode: str) -> None:
+    task, opt = Single(), rprop()
+    loss, got = gradient(MODES[mode](STEPS, "mean"), task, opt, STARTS["rprop"])
+    want_loss, want = gradient(Unrolled(STEPS, "mean"), task, opt, STARTS["rprop"])
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0.0)
+    assert bool((want != 0).all())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0.0)
+
+
+def test_replicas_of_radam_in_single_precision_with_schedules_and_a_penalty_give_the_eager_hypergradient() -> None:
+    task, opt = Replicas(Single(), 3), radam(eps=0.01)
+    learn = {
+        "lr": PerParameter(NAMES, Schedule(STEPS, 0.05)),
+        "betas": (0.8, 0.97),
+        "penalty": (0.02, constraints.positive),
+    }
+    _, got = gradient(MODES["segments"](STEPS, "inner"), task, opt, learn)
+    _, want = gradient(Unrolled(STEPS, "inner"), task, opt, learn)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+# Traced
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    ("case", "objective", "mode"),
+    [
+        ("rprop", "inner", "segments"),
+        ("adamw", "mean", "recorded"),
+        ("sgd, nesterov", "final", "forward"),
+        ("a penalty, radam", "inner", "segments"),
+        ("per parameter and step, sgd", "mean", "recorded"),
+        ("per element, radam", "final", "forward"),
+        ("dead coordinates, radam", "mean", "segments"),
+        ("dead coordinates, rprop", "final", "recorded"),
+        ("not elementwise", "mean", "forward"),
+        ("replicas, radam", "mean", "segments"),
+        ("replicas, not elementwise", "inner", "recorded"),
+        ("example weights, sgd", "inner", "forward"),
+        ("two precisions, adam", "mean", "segments"),
+        ("sgd, in another order than the optimizer's", "mean", "recorded"),
+    ],
+)
+def test_every_program_gives_the_eager_hypergradient_when_traced(case: str, objective: Any, mode: str) -> None:
+    want = measured(Unrolled(STEPS, objective), case)
+    assert graphs() == 0
+    assert_close(measured(MODES[mode](STEPS, objective), case), want, CASES[case].accuracy)
+    assert graphs() > 0
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("segments", [None, 2])
+@pytest.mark.parametrize("objective", ["inner"])
+@pytest.mark.parametrize("name", ["radam", "rprop"])
+def test_truncated_windows_share_what_was_compiled(name: str, objective: Any, segments: int | None) -> None:
+    task, opt = Regression(), REGISTRY[name](**STARTS[name])
+    learn = {key: start for key, start in STARTS[name].items() if key != "lr"}
+    arguments = (STEPS, objective, 3, segments)
+    want_loss, want = gradient(Unrolled(*arguments), task, opt, learn)
+    loss, got = gradient(Unrolled(*arguments, compile=True), task, opt, learn)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-15)
+    before = graphs()
+    gradient(Unrolled(12, objective, 4, segments, compile=True), task, opt, learn, seed=1)
+    assert graphs() == before
+
+
+@pytest.mark.usefixtures("traced")
+@each_mode
+@pytest.mark.parametrize("objective", ["inner"])
+@pytest.mark.parametrize("name", ["rprop", "sgd"])
+def test_twenty_meta_steps_of_two_horizons_compile_what_the_first_did(name: str, objective: Any, mode: str) -> None:
+    task, opt = Regression(), REGISTRY[name]()
+    hyper = Hyperparameters(opt, STARTS[name])
+    for meta_step in range(20):
+        estimator = MODES[mode]((8, 12)[meta_step % 2], objective)
+        estimator.backward(task, opt, hyper, seeded(meta_step))
+        if meta_step == 0:
+            first = graphs()
+        assert graphs() == first
+
+
+@pytest.mark.usefixtures("traced")
+@each_mode
+def test_what_is_learned_of_an_optimizer_and_on_what_is_told_apart(mode: str) -> None:
+    """A step compiled for one set of learned values, flags, numbers or tasks is not used for another."""
+    plain, nesterov, other = sgd(momentum=0.8), sgd(momentum=0.8, nesterov=True), sgd(momentum=0.5)
+    steep, flat = NoisyQuadratic(dimension=3, dtype=F64), NoisyQuadratic(dimension=3, condition=2.0, dtype=F64)
+    runs = [
+        (plain, steep, {"lr": 0.1}),
+        (nesterov, steep, {"lr": 0.1}),
+        (other, steep, {"lr": 0.1}),
+        (plain, flat, {"lr": 0.1}),
+        (plain, steep, {"lr": 0.1, "momentum": 0.7}),
+        (plain, steep, {"lr": PerParameter([""], 0.1)}),
+        (plain, steep, {"lr": Schedule(STEPS, 0.1)}),
+        (plain, steep, {"lr": 0.1}),
+    ]
+    wants = []
+    for opt, task, learn in runs:
+        names = [*_names(task)]
+        learn = {**learn, "lr": PerParameter(names, 0.1)} if isinstance(learn["lr"], PerParameter) else learn
+        _, got = gradient(MODES[mode](STEPS), task, opt, learn)
+        _, want = gradient(Unrolled(STEPS), task, opt, learn)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-15)
+        wants.append(want.sum().item())
+    assert wants[0] == wants[-1]
+    assert len({round(want, 9) for want in wants}) >= 5
+
+
+def _names(task: Any) -> list[str]:
+    from metaopt.functional.tree import Tree
+
+    return list(Tree(task.init(seeded())).names)
+
+
+@pytest.mark.usefixtures("traced")
+@each_mode
+def test_frozen_and_learned_values_are_told_apart(mode: str) -> None:
+    task, opt = Regression(), radam()
+    hyper = Hyperparameters(opt, STARTS["radam"])
+    for frozen in (None, "lr", "eps", None):
+        hyper.requires_grad_(True)
+        if frozen:
+            hyper.get_parameter(frozen).requires_grad_(False)
+        grads = []
+        for estimator in (MODES[mode](STEPS), Unrolled(STEPS)):
+            hyper.zero_grad()
+            estimator.backward(task, opt, hyper, seeded())
+            grads.append([p.grad for p in hyper.parameters()])
+        assert [g is None for g in grads[0]] == [key == frozen for key, _ in hyper.named_parameters()]
+        for got, want in zip(*grads, strict=True):
+            assert (got is None) == (want is None)
+            if want is not None:
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.usefixtures("traced")
+@each_mode
+def test_a_task_that_changes_is_seen(mode: str) -> None:
+    """Its tensors are read anew in every unroll."""
+    task, opt = Regression(), sgd()
+    first, _ = gradient(MODES[mode](STEPS), task, opt, STARTS["sgd"])
+    task.x = task.x.flip(1)
+    loss, got = gradient(MODES[mode](STEPS), task, opt, STARTS["sgd"])
+    want_loss, want = gradient(Unrolled(STEPS), task, opt, STARTS["sgd"])
+    assert loss != first
+    torch.testing.assert_close(loss, want_loss, rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.usefixtures("traced")
+@each_mode
+def test_gradients_add_up_in_grad(mode: str) -> None:
+    task, opt = Regression(), sgd()
+    hyper = Hyperparameters(opt, STARTS["sgd"])
+    parts = [gradient(Unrolled(STEPS), task, opt, STARTS["sgd"], seed)[1] for seed in (0, 1)]
+    for p in hyper.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    for seed in (0, 1):
+        MODES[mode](STEPS).backward(task, opt, hyper, seeded(seed))
+    got = torch.stack([p.grad for p in hyper.parameters() if p.grad is not None])
+    torch.testing.assert_close(got, 0.5 + parts[0] + parts[1], rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(("why", "mode"), zip(IGNORED, itertools.cycle(MODES), strict=False))
+def test_a_learned_value_without_effect_is_named_before_any_grad_is_touched(why: str, mode: str) -> None:
+    make, task, named = IGNORED[why]
+    opt, hyper = make()
+    for p in hyper.parameters():
+        p.grad = torch.full_like(p, 0.25)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"does not depend on the learned {named}"):
+            MODES[mode](3).backward(task, opt, hyper, seeded())
+        assert all(bool((p.grad == 0.25).all()) for p in hyper.parameters())
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("segments", [None, 2])
+def test_a_value_that_only_a_truncation_cuts_off_is_named(segments: int | None) -> None:
+    opt = rprop(lr=0.03)
+    hyper = Raw({"lr": f64(0.03)})
+    with pytest.raises(ValueError, match=r"does not depend on the learned 'lr'.*truncation"):
+        Unrolled(9, "final", 5, segments, compile=True).backward(Regression(), opt, hyper, seeded())
+    assert hyper.flat[0].grad is None
+
+
+@pytest.mark.usefixtures("traced")
+@each_mode
+def test_a_loss_that_cannot_be_compiled_is_an_error_and_no_silent_fallback(mode: str) -> None:
+    class Impure(Regression):
+        def loss(self, params: Mapping[str, Tensor], batch: Any, hyper: Mapping[str, Any]) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().loss(params, batch, hyper)
+
+    hyper = Raw({"lr": f64(0.1)})
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        MODES[mode](3).backward(Impure(), sgd(), hyper, seeded())
+    assert hyper.flat[0].grad is None
+
+
+# Without a compiler
+
+
+@each_mode
+@pytest.mark.parametrize("opt", [sgd(momentum=0.5), NORMALIZED], ids=["flat", "general"])
+def test_without_a_compiler_it_warns_once_and_gives_the_right_numbers(mode: str, opt: Any) -> None:
+    from torch._inductor import config
+
+    task = Regression()
+    results = []
+    broken = config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False})
+    with broken, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for meta_step in range(3):
+            hyper: nn.Module = Raw({"lr": f64(0.1)})
+            MODES[mode](STEPS, "mean").backward(task, opt, hyper, seeded(meta_step))
+            results.append(hyper.flat[0].grad.item())
+    for meta_step, got in enumerate(results):
+        want = Raw({"lr": f64(0.1)})
+        Unrolled(STEPS, "mean").backward(task, opt, want, seeded(meta_step))
+        assert got == pytest.approx(want.flat[0].grad.item(), rel=1e-9)
+    messages = [str(warning.message) for warning in caught if warning.category is not DeprecationWarning]
+    assert len([m for m in messages if "compile=True has no effect" in m]) == 1, messages
+    assert len(messages) == 1, messages
