@@ -275,7 +275,7 @@ def test_gradients_add_up_in_grad(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize(("why", "mode"), zip(IGNORED, itertools.cycle(MODES), strict=False))
+@pytest.mark.parametrize(("why", "mode"), [*zip(IGNORED, itertools.cycle(MODES), strict=False)])
 def test_a_learned_value_without_effect_is_named_before_any_grad_is_touched(why: str, mode: str) -> None:
     make, task, named = IGNORED[why]
     opt, hyper = make()
