@@ -195,10 +195,10 @@ def test_rprop_keeps_a_few_tensors_a_step_however_deep_the_loss_is() -> None:
             carry, _ = step(carry, task.batch(t, seeded(t)), {"lr": lr}, t)
         storages = {}
         for node in nodes(*carry.params.values()):
-            for name in dir(node):
-                held = getattr(node, name) if name.startswith("_saved_") else None
-                if isinstance(held, Tensor):
-                    storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+            held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+            for tensor in (*held, *getattr(node, "saved_tensors", ())):  # those of a function of our own
+                if isinstance(tensor, Tensor):
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
     assert saved(rprop(), layers=30) == saved(rprop(), layers=1) > 0
