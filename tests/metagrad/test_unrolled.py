@@ -471,7 +471,7 @@ def test_such_a_loss_cannot_be_differentiated_twice() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.xfail(strict=True, reason="torch.func.grad drops the second derivative without a word")
+@pytest.mark.xfail(strict=True, reason="torch drops the second derivative without a word")
 def test_an_optimizer_that_differentiates_gradients_refuses_such_a_loss() -> None:
     opt, hyper = learn_all("sgd")
     with pytest.raises(RuntimeError, match="once_differentiable"):
