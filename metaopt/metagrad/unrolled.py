@@ -23,6 +23,7 @@ from metaopt.unroll.dependence import dependence
 from metaopt.unroll.make import make_program
 from metaopt.unroll.program import Sources
 from metaopt.unroll.recorded import record
+from metaopt.unroll.segmented import retrace
 from metaopt.unroll.stretch import Unroll, grown
 
 
@@ -114,7 +115,9 @@ class Unrolled:
             if self.segments is None:
                 carry, part = record(unroll, carry, stretch)
             else:
-                carry, part = sweep(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
+                # Compiled, a step and its product are one piece of code, and need no graph.
+                backwards = sweep if self.compile else retrace
+                carry, part = backwards(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
             total = grown(total, part)
         if self.compile:  # compiled steps return 0 where a recorded graph has nothing
             sources.keep(dependence(unroll, whole(self.objective, self.steps)))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metaopt.unroll.program import Tensors, chosen, floating, merged
 from metaopt.unroll.randomness import Snapshot
-from metaopt.unroll.stretch import Stretch, Unroll, grown, row
+from metaopt.unroll.stretch import Stretch, Unroll, grown
 from metaopt.unroll.vjp import learned, make_vjp
 
 
@@ -39,11 +39,11 @@ def sweep(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tupl
     total: Tensor | None = None
     kept: list[tuple[Tensors, Snapshot]] = []
     with torch.no_grad():
-        table = unroll.rows()
+        table = unroll.rows(stretch.steps)
         for segment in segments:
             kept.append((carry, Snapshot(unroll.generator)))
             for t in segment:
-                carry, loss = unroll.step(carry, unroll.batch(t), row(table, t), unroll.shared)
+                carry, loss = unroll.step(carry, unroll.batch(t), table[t], unroll.shared)
                 if stretch.loss_weight:
                     total = grown(total, stretch.loss_weight * loss)
     end, after, here = carry, carry, Snapshot(unroll.generator)
@@ -57,12 +57,12 @@ def sweep(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tupl
                 carries.append(carry)
                 batches.append(unroll.batch(t))
                 if t + 1 < segment.stop:
-                    carry, _ = unroll.step(carry, batches[-1], row(table, t), unroll.shared)
+                    carry, _ = unroll.step(carry, batches[-1], table[t], unroll.shared)
         for t in reversed(segment):
             if weight := stretch.meta_weight(t + 1):
                 total = grown(total, pullback.judge(after, weight))
             after = carries.pop()
-            pullback.step(after, batches.pop(), t, row(table, t))
+            pullback.step(after, batches.pop(), t, table[t])
     here.restore()
     pullback.finish(is_start=stretch.steps.start == 0)
     assert total is not None

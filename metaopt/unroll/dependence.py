@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt.unroll.compiled import remembered
 from metaopt.unroll.program import inner_step
 from metaopt.unroll.randomness import Snapshot
-from metaopt.unroll.stretch import Stretch, Unroll, row
+from metaopt.unroll.stretch import Stretch, Unroll
 
 
 def dependence(unroll: Unroll, stretch: Stretch) -> tuple[bool, ...]:
@@ -35,12 +35,12 @@ def _probed(unroll: Unroll, stretch: Stretch, judged: bool, leaves: list[Tensor]
     carry = unroll.sources.leaves.start
     terms = []
     with torch.enable_grad():
-        table = unroll.rows()
+        table = unroll.rows(stretch.steps)
         for t in stretch.steps[:2]:  # the second step reads what the first has written
             batch = unroll.batch(t)
             if stretch.loss_weight:
                 terms.append(program.loss(carry, batch, shared))
-            carry, _ = inner_step(program, carry, batch, row(table, t), shared)
+            carry, _ = inner_step(program, carry, batch, table[t], shared)
         if judged:
             terms.append(program.meta_loss(carry, shared))
         objective = torch.stack(terms).sum()

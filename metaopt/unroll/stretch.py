@@ -68,9 +68,12 @@ class Unroll:
         """Which of the sources are learned."""
         return tuple(leaf.requires_grad for part in self.sources.leaves for leaf in part)
 
-    def rows(self) -> list[Tensors]:
-        """The row of each step, in the graph of the sources where one is recorded."""
-        return rows(self.sources.leaves.per_step)
+    def rows(self, steps: range) -> dict[int, Tensors]:
+        """The rows of some steps, by their numbers; in the graph of the sources where one is recorded."""
+        per_step = self.sources.leaves.per_step
+        if not per_step:
+            return dict.fromkeys(steps, ())
+        return dict(zip(steps, rows(tuple(leaf[steps.start : steps.stop] for leaf in per_step)), strict=True))
 
     def batch(self, t: int) -> Any:
         return self.task.batch(t, self.generator)
@@ -78,9 +81,9 @@ class Unroll:
     @torch.no_grad()
     def skip(self, carry: Tensors, steps: range) -> Tensors:
         """Steps that are not differentiated."""
-        table = self.rows()
+        table = self.rows(steps)
         for t in steps:
-            carry, _ = self.step(carry, self.batch(t), row(table, t), self.shared)
+            carry, _ = self.step(carry, self.batch(t), table[t], self.shared)
         return carry
 
 
@@ -90,10 +93,6 @@ def _in_halves(
     with torch.no_grad():
         grads, loss = gradient(tuple(x.detach() for x in carry), batch, shared)
     return program.update(carry, grads, row, shared), loss
-
-
-def row(table: list[Tensors], t: int) -> Tensors:
-    return table[t] if table else ()
 
 
 def grown(total: Tensor | None, term: Tensor) -> Tensor:

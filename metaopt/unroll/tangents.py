@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metaopt.unroll.program import Inputs, Program, Tensors, chosen, floating, inner_step, merged, rows
-from metaopt.unroll.stretch import Stretch, Unroll, grown, row
+from metaopt.unroll.stretch import Stretch, Unroll, grown
 
 TangentStep = Callable[..., tuple[Tensors, Tensors, Tensor, Tensor]]
 
@@ -61,7 +61,13 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
             batch = unroll.batch(t)
             before, before_dot = carry, carry_dot
             carry, carry_dot, loss, loss_dot = step(
-                carry, carry_dot, batch, row(table, t), row(table_dot, t), inputs.shared, dots.shared
+                carry,
+                carry_dot,
+                batch,
+                table[t] if table else (),
+                table_dot[t] if table_dot else (),
+                inputs.shared,
+                dots.shared,
             )
             if judged:
                 if not program.second_order:
