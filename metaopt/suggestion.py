@@ -17,7 +17,8 @@ from metaopt.functional import Optimizer
 from metaopt.memory import Made
 from metaopt.metagrad import Estimator, Forward, Unrolled
 from metaopt.metagrad.estimator import Leaves
-from metaopt.tasks import Task
+from metaopt.tasks import Task, TaskBatch
+from metaopt.tasks.family import drawn
 from metaopt.unroll.make import make_program
 from metaopt.unroll.program import Inputs, Program, Sources, Tensors, inner_step
 from metaopt.unroll.tangents import tangent_step
@@ -70,7 +71,12 @@ class Suggestion:
 
 
 def suggest(
-    task: Task, opt: Optimizer, hyper: nn.Module, steps: int, memory: float | None = None, compile: bool = True
+    task: Task | TaskBatch,
+    opt: Optimizer,
+    hyper: nn.Module,
+    steps: int,
+    memory: float | None = None,
+    compile: bool = True,
 ) -> Suggestion:
     """Measure one inner step, plain and with its derivatives, and say which estimator is the fastest that fits.
 
@@ -104,8 +110,10 @@ def suggest(
         raise ValueError(f"steps must be >= 1, got steps={steps}")
     leaves = Leaves(hyper)
     generator = torch.Generator().manual_seed(0)
+    task = drawn(task, generator)
+    params = task.init(generator)
     with torch.enable_grad():
-        program = make_program(task, opt, leaves.values, steps, generator)
+        program = make_program(task, opt, params, leaves.values, steps)
         sources = Sources(program.inputs(program.values))
     device = sources.leaves.start[0].device
     if memory is None:

@@ -21,7 +21,7 @@ from metaopt.functional import Optimizer
 from metaopt.hyper import Hyperparameters
 from metaopt.metagrad import Estimator
 from metaopt.progress import Progress
-from metaopt.tasks import Task
+from metaopt.tasks import Task, TaskBatch
 from metaopt.tracking import Tracker
 
 
@@ -40,7 +40,7 @@ class MetaTrainResult:
 
 
 def meta_train(
-    task: Task,
+    task: Task | TaskBatch,
     opt: Optimizer,
     hyper: nn.Module,
     estimator: Estimator,
@@ -55,7 +55,7 @@ def meta_train(
     """Learn ``hyper`` by gradient descent on the meta-loss.
 
     Args:
-        task: what is learned on.
+        task: what is learned on; a `metaopt.tasks.TaskBatch` draws new tasks for every meta-gradient.
         opt: the inner optimizer.
         hyper: a module whose call returns a mapping of values, such as `metaopt.Hyperparameters`.
         estimator: of the meta-gradient, such as `metaopt.metagrad.Unrolled`.

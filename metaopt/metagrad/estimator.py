@@ -16,18 +16,20 @@ from torch.utils import _pytree as pytree
 
 from metaopt.functional import Optimizer
 from metaopt.functional.tree import Tree
-from metaopt.tasks import Task
+from metaopt.tasks import Task, TaskBatch
 
 
 @runtime_checkable
 class Estimator(Protocol):
     """An estimator of meta-gradients."""
 
-    def backward(self, task: Task, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None) -> Tensor:
+    def backward(
+        self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
+    ) -> Tensor:
         """Accumulate the meta-gradient into ``.grad`` of hyper's parameters and return the meta-loss, detached.
 
         Args:
-            task: what is learned on.
+            task: what is learned on; a `TaskBatch` draws new tasks for every unroll.
             opt: the inner optimizer, which gets those of the values that are in ``opt.hyperparameters``.
             hyper: a module whose call returns a mapping of values.
             generator: for the task's randomness; None is torch's default generator.

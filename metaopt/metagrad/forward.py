@@ -11,7 +11,8 @@ from torch import Generator, Tensor, nn
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
 from metaopt.metagrad.objective import Objective, check_objective, whole
-from metaopt.tasks import Task
+from metaopt.tasks import Task, TaskBatch
+from metaopt.tasks.family import drawn
 from metaopt.unroll.dependence import dependence
 from metaopt.unroll.make import make_program
 from metaopt.unroll.program import Sources
@@ -55,11 +56,13 @@ class Forward:
     def __repr__(self) -> str:
         return f"Forward(steps={self.steps}, objective={self.objective!r}, compile={self.compile})"
 
-    def backward(self, task: Task, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None) -> Tensor:
+    def backward(
+        self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
+    ) -> Tensor:
         """Accumulate the hypergradient into ``.grad`` of hyper's parameters, and return the meta-loss.
 
         Args:
-            task: what is learned on; `metaopt.tasks.Replicas` of one for several runs at once.
+            task: what is learned on: a task, `metaopt.tasks.Replicas` of one, or a `metaopt.tasks.TaskBatch`.
             opt: the inner optimizer.
             hyper: a module whose call returns a mapping of values, such as `metaopt.Hyperparameters`.
             generator: for the task's randomness; None is torch's default generator.
@@ -71,17 +74,16 @@ class Forward:
             ValueError: a learned value on which the meta-loss does not depend. No ``.grad`` has been touched then.
         """
         leaves = Leaves(hyper)
+        task = drawn(task, generator)
+        params = task.init(generator)
         with torch.enable_grad():
-            program = make_program(task, opt, leaves.values, self.steps, generator)
+            program = make_program(task, opt, params, leaves.values, self.steps)
             sources = Sources(program.inputs(program.values))
         unroll = Unroll(program, sources, task, generator, compile=self.compile)
         stretch = whole(self.objective, self.steps)
         connected = dependence(unroll, stretch)
         total, gradient = forward(unroll, program.values, stretch)
-        reached = sources.differentiable
-        sources.add(
-            reached, [torch.zeros_like(leaf) if yes else None for leaf, yes in zip(reached, connected, strict=True)]
-        )
+        sources.add_zeros(connected)
         depends = sources.gradient(leaves.tensors)
         learned = [value for value in program.values if value.requires_grad]  # the optimizer's own among them
         split = gradient.split([value.numel() for value in learned])

@@ -17,6 +17,12 @@ def check_objective(steps: int, objective: str) -> None:
         raise ValueError(f"objective must be one of {get_args(Objective)}, got objective={objective!r}")
 
 
+def check_truncation(steps: int, truncation: int | None) -> None:
+    """Raise ValueError for a window that is empty or longer than the horizon."""
+    if truncation is not None and not 1 <= truncation <= steps:
+        raise ValueError(f"truncation must be in 1..steps ({steps}), got truncation={truncation}")
+
+
 def windows(objective: Objective, steps: int, window: int) -> list[Stretch]:
     """The horizon cut into windows, each with its share of the objective.
 

@@ -16,15 +16,16 @@ from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
-from metaopt.metagrad.objective import Objective, check_objective, whole, windows
-from metaopt.tasks import Task
+from metaopt.metagrad.objective import Objective, check_objective, check_truncation, whole, windows
+from metaopt.metagrad.ongoing import Ongoing, ongoing
+from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.adjoint import sweep
 from metaopt.unroll.dependence import dependence
 from metaopt.unroll.make import make_program
-from metaopt.unroll.program import Sources
+from metaopt.unroll.program import Sources, Tensors
 from metaopt.unroll.recorded import record
 from metaopt.unroll.segmented import retrace
-from metaopt.unroll.stretch import Unroll, grown
+from metaopt.unroll.stretch import Stretch, Unroll, grown
 
 
 class Unrolled:
@@ -37,6 +38,9 @@ class Unrolled:
         truncation: cut the graph every so many steps, and add up the gradients of the windows: less memory and tamer
             gradients, at the price of a bias. The last window is shorter where it does not divide ``steps``. With
             ``"final"`` only the last window has an objective. None for no cuts.
+        carry: one window a call, going on where the last call ended, with the hyperparameters of this one; the
+            gradients of ``steps / truncation`` calls add up to those of a call without. A new unroll begins after the
+            last window, and for another task, optimizer or ``hyper``.
         segments: keep the carry (parameters and state) before every so many steps only, and compute the steps of a
             segment again on the way back: one more pass, and memory for one segment. ``"sqrt"`` is the square root of
             the horizon (or truncation), for the least memory. The generator's state is replayed: all randomness of the
@@ -45,7 +49,8 @@ class Unrolled:
             must be pure torch code. Warns once, and has no effect, where there is no compiler.
 
     Raises:
-        ValueError: ``steps`` below 1, an unknown objective, ``truncation`` outside 1..steps, ``segments`` below 1.
+        ValueError: ``steps`` below 1, an unknown objective, ``truncation`` outside 1..steps, ``segments`` below 1,
+            ``carry`` without ``truncation``.
 
     Example:
         >>> import metaopt
@@ -68,10 +73,12 @@ class Unrolled:
         truncation: int | None = None,
         segments: int | Literal["sqrt"] | None = None,
         compile: bool = False,
+        carry: bool = False,
     ) -> None:
         check_objective(steps, objective)
-        if truncation is not None and not 1 <= truncation <= steps:
-            raise ValueError(f"truncation must be in 1..steps ({steps}), got truncation={truncation}")
+        check_truncation(steps, truncation)
+        if carry and truncation is None:
+            raise ValueError("carry=True needs a truncation: the length of the window that a call goes on")
         length = isinstance(segments, int) and not isinstance(segments, bool) and segments >= 1
         if segments not in (None, "sqrt") and not length:
             raise ValueError(f"segments must be None, 'sqrt' or a length >= 1, got segments={segments!r}")
@@ -80,17 +87,27 @@ class Unrolled:
         self.truncation = truncation
         self.segments = segments
         self.compile = compile
+        self.carry = carry
+        self._ongoing: Ongoing | None = None
 
     def __repr__(self) -> str:
-        options = {"truncation": self.truncation, "segments": self.segments, "compile": self.compile or None}
+        options = {
+            "truncation": self.truncation,
+            "segments": self.segments,
+            "compile": self.compile or None,
+            "carry": self.carry or None,
+        }
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"Unrolled(steps={self.steps}, objective={self.objective!r}{given})"
 
-    def backward(self, task: Task, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None) -> Tensor:
+    def backward(
+        self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
+    ) -> Tensor:
         """Accumulate the hypergradient into ``.grad`` of hyper's parameters, and return the meta-loss.
 
         Args:
-            task: what is learned on; `metaopt.tasks.Replicas` of one for several runs at once.
+            task: what is learned on: a task, `metaopt.tasks.Replicas` of one, or a `metaopt.tasks.TaskBatch`, which
+                draws new ones for every unroll.
             opt: the inner optimizer.
             hyper: a module whose call returns a mapping of values, such as `metaopt.Hyperparameters`.
             generator: for the task's randomness; None is torch's default generator.
@@ -102,29 +119,40 @@ class Unrolled:
             ValueError: a learned value on which the meta-loss does not depend. No ``.grad`` has been touched then.
         """
         leaves = Leaves(hyper)
+        run = ongoing(self._ongoing, task, opt, hyper) or Ongoing.begin(task, opt, hyper, generator)
         with torch.enable_grad():
-            program = make_program(task, opt, leaves.values, self.steps, generator)
+            program = make_program(run.task, opt, run.params, leaves.values, self.steps)
             sources = Sources(program.inputs(program.values))
-        unroll = Unroll(program, sources, task, generator, compile=self.compile)
+        unroll = Unroll(program, sources, run.task, generator, compile=self.compile)
+        carry = sources.leaves.start if run.carry is None else run.carry
+        stretches = windows(self.objective, self.steps, self.truncation or self.steps)
+        if self.carry:
+            stretches = [stretch for stretch in stretches if stretch.steps.start == run.step]
         total: Tensor | None = None
-        carry = sources.leaves.start
-        for stretch in windows(self.objective, self.steps, self.truncation or self.steps):
+        for stretch in stretches:
             if not stretch.has_objective:
                 carry = unroll.skip(carry, stretch.steps)
                 continue
-            if self.segments is None:
-                carry, part = record(unroll, carry, stretch)
-            else:
-                # Compiled, a step and its product are one piece of code, and need no graph.
-                backwards = sweep if self.compile else retrace
-                carry, part = backwards(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
+            carry, part = self._differentiated(unroll, carry, stretch)
             total = grown(total, part)
-        if self.compile:  # compiled steps return 0 where a recorded graph has nothing
-            sources.keep(dependence(unroll, whole(self.objective, self.steps)))
+        if self.compile or self.carry:
+            connected = dependence(unroll, whole(self.objective, self.steps))
+            if self.compile:  # compiled steps return 0 where a recorded graph has nothing
+                sources.keep(connected)
+            if self.carry:  # what is read in another window has no gradient in this one
+                sources.add_zeros(connected)
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
-        assert total is not None
-        return total
+        if self.carry:
+            self._ongoing = run.at(carry, stretches[-1].steps.stop, self.steps)
+        return torch.zeros((), device=carry[0].device) if total is None else total
+
+    def _differentiated(self, unroll: Unroll, carry: Tensors, stretch: Stretch) -> tuple[Tensors, Tensor]:
+        if self.segments is None:
+            return record(unroll, carry, stretch)
+        # Compiled, a step and its product are one piece of code, and need no graph.
+        backwards = sweep if self.compile else retrace
+        return backwards(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
 
     def _segment_length(self, steps: int) -> int:
         return max(1, math.isqrt(steps)) if self.segments == "sqrt" else min(int(self.segments or 1), steps)

@@ -19,9 +19,9 @@ from metaopt.functional.optimizer import cast, compute_dtype
 from metaopt.functional.tree import Tree
 from metaopt.functional.values import Once, at_step, to_tensors
 from metaopt.schedule import Schedule
-from metaopt.tasks import Replicas, Task
-from metaopt.unroll.gradient import inner_gradient
-from metaopt.unroll.program import Inputs, Split, Tensors
+from metaopt.tasks import Runs, Task
+from metaopt.unroll.gradient import task_gradient
+from metaopt.unroll.program import Inputs, Shared, Split, Tensors
 
 
 class Vector:
@@ -29,7 +29,7 @@ class Vector:
 
     Args:
         params: the tree.
-        lead: how many leading dimensions (of replicas) every leaf has; the vector has them too.
+        lead: how many leading dimensions (of runs) every leaf has; the vector has them too.
     """
 
     def __init__(self, params: Any, lead: int) -> None:
@@ -72,7 +72,7 @@ class FlatProgram:
     """The unroll of parameters and hyperparameters for which `fits` is true.
 
     Args:
-        task: with `Replicas` the vector has their dimension in front.
+        task: of several `Runs` the vector has their dimension in front.
         opt: the optimizer.
         params: fresh ones.
         values: all values, completed by the optimizer's own.
@@ -80,41 +80,40 @@ class FlatProgram:
     """
 
     def __init__(self, task: Task, opt: Elementwise[Any], params: Any, values: Mapping[str, Any], steps: int) -> None:
-        self._task, self._opt, self._steps = task, opt, steps
+        self._opt, self._steps = opt, steps
         self.second_order = opt.differentiates_gradients
-        self._replicas = isinstance(task, Replicas)
-        self._loss = task.task.loss if isinstance(task, Replicas) else task.loss
         self._params = pytree.tree_map(torch.Tensor.detach, params)
-        self._vector = Vector(params, lead=int(self._replicas))
+        self._vector = Vector(params, lead=int(isinstance(task, Runs)))
         self._packed = self._vector.pack(self._params)
-        self._values = Split(dict(values))
+        self._shared = Shared(task, values)
         opt.init(self._params, **self._mine(at_step(dict(values), 0)))  # says what is wrong with the values
         self._coefficients = Split(self._all_coefficients(dict(values)))
         self.key = (
-            task, opt, self._packed.dtype, self._packed.device, tuple(self._vector.shapes), self._values.key,
+            self._shared.key, opt, self._packed.dtype, self._packed.device, tuple(self._vector.shapes),
             self._coefficients.key, tuple(tensor.dim() for tensor in self._coefficients.tensors),
         )  # fmt: skip
 
     def inputs(self, values: Sequence[Tensor]) -> Inputs:
-        everything = self._values.join(values)
+        everything = self._shared.values(tuple(values))
         state = self._opt.init(self._params, **self._mine(at_step(everything, 0)))
         packed = tuple(self._vector.pack(field) for field in state[1:])  # the counters aside, which coefficients know
         coefficients = Split(self._all_coefficients(everything)).tensors
-        return Inputs((self._packed, *packed), coefficients, tuple(values))
+        return Inputs((self._packed, *packed), coefficients, self._shared.tensors(values))
 
     @property
     def values(self) -> Tensors:
-        return self._values.tensors
+        return self._shared.learnable
 
     def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
-        params, everything = carry[0], self._values.join(shared)
+        params, everything = carry[0], self._shared.values(shared)
         if not self.second_order:  # no second-order graph where the update does not see it
             params, everything = params.detach(), pytree.tree_map(_detached, everything)
-        grad, loss = inner_gradient(
-            lambda params, batch: self._loss(self._vector.unpack(params), batch, everything),
+        grad, loss = task_gradient(
+            self._shared.task(shared),
             params,
             batch,
-            replicas=self._replicas,
+            everything,
+            unpack=self._vector.unpack,
             second_order=self.second_order,
         )
         return (grad,), loss
@@ -125,12 +124,10 @@ class FlatProgram:
         return tuple(self._opt.apply(params, grads[0], state, c))
 
     def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
-        everything = self._values.join(shared)
-        loss = lambda params, batch: self._loss(self._vector.unpack(params), batch, everything)  # noqa: E731
-        return torch.vmap(loss)(carry[0], batch).mean() if self._replicas else loss(carry[0], batch)
+        return self._shared.task(shared).loss(self.params(carry), batch, self._shared.values(shared))
 
     def meta_loss(self, carry: Tensors, shared: Tensors) -> Tensor:
-        return self._task.meta_loss(self.params(carry), self._values.join(shared))
+        return self._shared.task(shared).meta_loss(self.params(carry), self._shared.values(shared))
 
     def params(self, carry: Tensors) -> Any:
         return self._vector.unpack(carry[0])

@@ -12,14 +12,14 @@ from torch.utils import _pytree as pytree
 from metaopt.functional import Optimizer
 from metaopt.tasks import Task
 from metaopt.unroll.plain import Carry, InnerStep
-from metaopt.unroll.program import Inputs, Split, Tensors
+from metaopt.unroll.program import Inputs, Shared, Split, Tensors
 
 
 class GeneralProgram:
     """See `metaopt.unroll.program.Program`.
 
     Args:
-        task: also `Replicas`.
+        task: also `metaopt.tasks.Runs`.
         opt: any functional optimizer.
         params: fresh ones.
         values: all values, completed by the optimizer's own.
@@ -31,40 +31,41 @@ class GeneralProgram:
         self._steps = steps
         self.second_order: bool = getattr(opt, "differentiates_gradients", True)
         self._params = pytree.tree_map(_detached, params)
-        self._values = Split(dict(values))
+        self._opt = opt
+        self._shared = Shared(task, values)
         # What is callable becomes a row per step; the rest of the optimizer's values is shared.
         self._rows = Split(self._callables(dict(values)))
         self._carry = Split(self._step.begin(self._params, dict(values)))
         self.key = (
-            task, opt, self._values.key, self._rows.key, self._carry.key,
+            self._shared.key, opt, self._rows.key, self._carry.key,
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self._carry.tensors),
         )  # fmt: skip
 
     @property
     def values(self) -> Tensors:
-        return self._values.tensors
+        return self._shared.learnable
 
     def inputs(self, values: Sequence[Tensor]) -> Inputs:
-        everything = self._values.join(values)
+        everything = self._shared.values(tuple(values))
         start = Split(self._step.begin(self._params, everything)).tensors
-        return Inputs(start, Split(self._callables(everything)).tensors, tuple(values))
+        return Inputs(start, Split(self._callables(everything)).tensors, self._shared.tensors(values))
 
     def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
-        grads, loss = self._step.gradient(self.params(carry), batch, self._values.join(shared))
+        step = InnerStep(self._shared.task(shared), self._opt)
+        grads, loss = step.gradient(self.params(carry), batch, self._shared.values(shared))
         return Split(grads).tensors, loss
 
     def update(self, carry: Tensors, grads: Tensors, row: Tensors, shared: Tensors) -> Tensors:
         joined: Carry = self._carry.join(carry)
         gradient = pytree.tree_unflatten(list(grads), pytree.tree_structure(joined.params))
-        after = self._step.update(joined, gradient, self._mine(self._values.join(shared), row))
+        after = self._step.update(joined, gradient, self._mine(self._shared.values(shared), row))
         return Split(after).tensors
 
     def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
-        params: Any = self.params(carry)
-        return self._step.task.loss(params, batch, self._values.join(shared))
+        return self._shared.task(shared).loss(self.params(carry), batch, self._shared.values(shared))
 
     def meta_loss(self, carry: Tensors, shared: Tensors) -> Tensor:
-        return self._step.task.meta_loss(self.params(carry), self._values.join(shared))
+        return self._shared.task(shared).meta_loss(self.params(carry), self._shared.values(shared))
 
     def params(self, carry: Tensors) -> Any:
         joined: Carry = self._carry.join(carry)

@@ -9,19 +9,33 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metaopt.tasks import Runs, Task
+from metaopt.tasks.task import Values
+
 Loss = Callable[[Any, Any], Tensor]
 
 
-def inner_gradient(loss: Loss, params: Any, batch: Any, *, replicas: bool, second_order: bool) -> tuple[Any, Tensor]:
-    """The gradient at ``params``, and the loss.
+def task_gradient(
+    task: Task, params: Any, batch: Any, values: Values, *, unpack: Callable[[Any], Any], second_order: bool
+) -> tuple[Any, Tensor]:
+    """The gradient of the inner loss, and the loss; of `Runs` each gets its own gradient, and the loss is the mean.
 
     Args:
-        loss: of one run's parameters and batch.
-        params: a pytree; with ``replicas`` every leaf has their dimension in front, and so has the batch.
+        task: what is trained.
+        params: a pytree; of `Runs` every leaf has their dimension in front, and so has the batch.
         batch: what the loss is taken on.
-        replicas: whether there are several runs, of which each gets its own gradient; the loss is then their mean.
+        values: all values, which the loss reads.
+        unpack: the task's tree of one run's parameters.
         second_order: whether gradient and loss are to be differentiable; else they are constants.
     """
+    if isinstance(task, Runs):
+        run_loss: Loss = lambda params, given: task.single(given[0]).loss(unpack(params), given[1], values)  # noqa: E731
+        return _gradient(run_loss, params, (task.config, batch), replicas=True, second_order=second_order)
+    loss: Loss = lambda params, batch: task.loss(unpack(params), batch, values)  # noqa: E731
+    return _gradient(loss, params, batch, replicas=False, second_order=second_order)
+
+
+def _gradient(loss: Loss, params: Any, batch: Any, *, replicas: bool, second_order: bool) -> tuple[Any, Tensor]:
     if _transformed():
         return _by_transform(loss, params, batch, replicas)
     record = second_order and torch.is_grad_enabled()

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from metaopt.functional import Optimizer
 from metaopt.functional.values import at_step
-from metaopt.tasks import Replicas, Task
-from metaopt.unroll.gradient import inner_gradient
+from metaopt.tasks import Runs, Task
+from metaopt.unroll.gradient import task_gradient
 
 
 class Carry(NamedTuple):
@@ -39,8 +39,8 @@ class InnerStep:
     """One step of an optimizer on a task.
 
     Args:
-        task: what is trained. `Replicas` take each its own step.
-        opt: a functional optimizer. One that is not elementwise is vmapped over replicas.
+        task: what is trained. Of several `Runs` each takes its own step.
+        opt: a functional optimizer. One that is not elementwise is vmapped over runs.
     """
 
     def __init__(self, task: Task, opt: Optimizer) -> None:
@@ -48,7 +48,7 @@ class InnerStep:
         self.opt = opt
         # Where the update has no derivative with respect to the gradient (Rprop), no second-order graph is recorded.
         self._second_order = getattr(opt, "differentiates_gradients", True)
-        self._vmap_opt = isinstance(task, Replicas) and not getattr(opt, "elementwise", False)
+        self._vmap_opt = isinstance(task, Runs) and not getattr(opt, "elementwise", False)
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """All values: the optimizer's own, with these in their place."""
@@ -88,14 +88,9 @@ class InnerStep:
             batch: what it trains on.
             values: all values, which the loss reads.
         """
-        single = self.task.task.loss if isinstance(self.task, Replicas) else self.task.loss
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._second_order):
-            return inner_gradient(
-                lambda params, batch: single(params, batch, values),
-                params,
-                batch,
-                replicas=isinstance(self.task, Replicas),
-                second_order=self._second_order,
+            return task_gradient(
+                self.task, params, batch, values, unpack=lambda params: params, second_order=self._second_order
             )
 
     def update(self, carry: Carry, grads: Any, mine: Mapping[str, Any]) -> Carry:

@@ -13,12 +13,14 @@ graph of its own, recorded once for the whole horizon: `Sources` joins the two b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from metaopt.tasks import Runs, Task
 
 Tensors = tuple[Tensor, ...]
 
@@ -47,6 +49,41 @@ class Split:
         for index, tensor in zip(self._where, tensors, strict=True):
             leaves[index] = tensor
         return pytree.tree_unflatten(leaves, self._spec)
+
+
+class Shared:
+    """What every step reads, as tensors: the hyperparameters' values, and the configuration of the tasks, if any.
+
+    Args:
+        task: what is trained.
+        values: all values, completed by the optimizer's own.
+
+    Attributes:
+        learnable: the tensors among the values.
+        key: equal where one unroll may do the steps of another.
+    """
+
+    def __init__(self, task: Task, values: Mapping[str, Any]) -> None:
+        self._task = task
+        self._values = Split(dict(values))
+        self._config = Split(task.config if isinstance(task, Runs) else ())
+        self.learnable = self._values.tensors
+        self.key = (task.key if isinstance(task, Runs) else task, self._values.key, self._config.key)
+
+    def tensors(self, values: Sequence[Tensor]) -> Tensors:
+        """With these values."""
+        return (*values, *self._config.tensors)
+
+    def values(self, shared: Tensors) -> dict[str, Any]:
+        """The values among the tensors, which may be the values alone."""
+        joined: dict[str, Any] = self._values.join(shared[: len(self.learnable)])
+        return joined
+
+    def task(self, shared: Tensors) -> Task:
+        """The task with its configuration from among the tensors."""
+        if not isinstance(self._task, Runs):
+            return self._task
+        return self._task.with_config(self._config.join(shared[len(self.learnable) :]))
 
 
 class Inputs(NamedTuple):
@@ -130,6 +167,11 @@ class Sources:
         for leaf, yes in zip(self.differentiable, connected, strict=True):
             if not yes:
                 self._sums.pop(id(leaf), None)
+
+    def add_zeros(self, connected: Sequence[bool]) -> None:
+        """Let those of the `differentiable` leaves that something depends on have a gradient, if only 0."""
+        leaves = self.differentiable
+        self.add(leaves, [torch.zeros_like(x) if yes else None for x, yes in zip(leaves, connected, strict=True)])
 
     @property
     def differentiable(self) -> list[Tensor]:

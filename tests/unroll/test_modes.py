@@ -335,7 +335,10 @@ def test_every_learned_value_matters_in_the_comparison(case: str, objective: str
 @pytest.mark.parametrize("case", CASES)
 def test_the_comparison_is_about_the_program_that_it_is_meant_for(case: str) -> None:
     opt, hyper = CASES[case].make()
-    assert type(make_program(CASES[case].task, opt, hyper(), STEPS, seeded())) is CASES[case].program
+    assert (
+        type(make_program(CASES[case].task, opt, CASES[case].task.init(seeded()), hyper(), STEPS))
+        is CASES[case].program
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
