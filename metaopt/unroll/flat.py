@@ -18,10 +18,9 @@ from metaopt.functional import Elementwise
 from metaopt.functional.optimizer import cast, compute_dtype
 from metaopt.functional.tree import Tree
 from metaopt.functional.values import Once, at_step, to_tensors
-from metaopt.schedule import Schedule
 from metaopt.tasks import Runs, Task
 from metaopt.unroll.gradient import task_gradient
-from metaopt.unroll.program import Inputs, Shared, Split, Tensors
+from metaopt.unroll.program import Inputs, Shared, Split, Tensors, called
 
 
 class Vector:
@@ -84,21 +83,23 @@ class FlatProgram:
         self.second_order = opt.differentiates_gradients
         self._params = pytree.tree_map(torch.Tensor.detach, params)
         self._vector = Vector(params, lead=int(isinstance(task, Runs)))
-        self._packed = self._vector.pack(self._params)
+        first = pytree.tree_leaves(params)[0]
+        self._dtype, self._every_step = first.dtype, torch.arange(steps, device=first.device)
         self._shared = Shared(task, values)
         opt.init(self._params, **self._mine(at_step(dict(values), 0)))  # says what is wrong with the values
-        self._coefficients = Split(self._all_coefficients(dict(values)))
+        self._coefficients = Split(self._coefficients_at(self._every_step, dict(values)))
         self.key = (
-            self._shared.key, opt, self._packed.dtype, self._packed.device, tuple(self._vector.shapes),
+            self._shared.key, opt, first.dtype, first.device, tuple(self._vector.shapes),
             self._coefficients.key, tuple(tensor.dim() for tensor in self._coefficients.tensors),
         )  # fmt: skip
 
-    def inputs(self, values: Sequence[Tensor]) -> Inputs:
+    def inputs(self, values: Sequence[Tensor], params: Any = None, steps: Tensor | None = None) -> Inputs:
         everything = self._shared.values(tuple(values))
-        state = self._opt.init(self._params, **self._mine(at_step(everything, 0)))
-        packed = tuple(self._vector.pack(field) for field in state[1:])  # the counters aside, which coefficients know
-        coefficients = Split(self._all_coefficients(everything)).tensors
-        return Inputs((self._packed, *packed), coefficients, self._shared.tensors(values))
+        params = self._params if params is None else params
+        state = self._opt.init(params, **self._mine(at_step(everything, 0)))
+        packed = [self._vector.pack(field) for field in state[1:]]  # the counters aside, which coefficients know
+        coefficients = Split(self._coefficients_at(self._every_step if steps is None else steps, everything)).tensors
+        return Inputs((self._vector.pack(params), *packed), coefficients, self._shared.tensors(values))
 
     @property
     def values(self) -> Tensors:
@@ -135,35 +136,30 @@ class FlatProgram:
     def _mine(self, everything: Mapping[str, Any]) -> dict[str, Any]:
         return {name: everything[name] for name in self._opt.hyperparameters}
 
-    def _all_coefficients(self, everything: Mapping[str, Any]) -> Any:
-        """The optimizer's coefficients at every step, shape (steps,) or (steps, number of tensors), and None."""
+    def _coefficients_at(self, steps: Tensor, everything: Mapping[str, Any]) -> Any:
+        """The optimizer's coefficients at these steps, shape (steps,) or (steps, number of tensors), and None."""
         once = Once()
-        count = 1.0 + torch.arange(self._steps, dtype=torch.float64, device=self._packed.device)
+        count = 1.0 + steps.to(torch.float64)
         mine = self._mine(everything).values()
         of_names = []
         for name in self._vector.names:
             flat: list[Tensor] = []
             for value in mine:
-                resolved = once(self._at_all_steps, once, value, name)
+                resolved = once(self._at_steps, once, steps, value, name)
                 flat.extend(resolved if isinstance(resolved, tuple) else (resolved,))
             of_names.append(once(self._opt.coefficients, once, count, *flat))
-        dtype = compute_dtype(self._packed)
-        rows = [cast(c, dtype, self._packed.device) for c in of_names[: 1 if _same(of_names) else None]]
-        return pytree.tree_map(lambda *leaves: _table(leaves, self._steps), *rows)
+        dtype = compute_dtype(torch.empty((), dtype=self._dtype))
+        rows = [cast(c, dtype, steps.device) for c in of_names[: 1 if _same(of_names) else None]]
+        return pytree.tree_map(lambda *leaves: _table(leaves, len(steps)), *rows)
 
-    def _at_all_steps(self, once: Once, value: Any, name: str) -> Any:
+    def _at_steps(self, once: Once, steps: Tensor, value: Any, name: str) -> Any:
         if isinstance(value, tuple | list):
-            return tuple(once(self._at_all_steps, once, item, name) for item in value)
+            return tuple(once(self._at_steps, once, steps, item, name) for item in value)
         if isinstance(value, Mapping):
-            return once(self._at_all_steps, once, value[name], name)
+            return once(self._at_steps, once, steps, value[name], name)
         if callable(value) and not isinstance(value, Tensor):
-            return once(self._called, value)
+            return once(called, value, steps, self._steps)
         return once(to_tensors, value)
-
-    def _called(self, value: Any) -> Tensor:
-        if isinstance(value, Schedule):
-            return value(torch.arange(self._steps, device=value.values.device)).to(torch.float64)
-        return torch.stack([torch.as_tensor(to_tensors(value(step))) for step in range(self._steps)])
 
 
 def _same(items: Sequence[Any]) -> bool:

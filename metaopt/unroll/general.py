@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from metaopt.functional import Optimizer
 from metaopt.tasks import Task
 from metaopt.unroll.plain import Carry, InnerStep
-from metaopt.unroll.program import Inputs, Shared, Split, Tensors
+from metaopt.unroll.program import Inputs, Shared, Split, Tensors, called
 
 
 class GeneralProgram:
@@ -28,13 +28,13 @@ class GeneralProgram:
 
     def __init__(self, task: Task, opt: Optimizer, params: Any, values: Mapping[str, Any], steps: int) -> None:
         self._step = InnerStep(task, opt)
-        self._steps = steps
+        self._steps, self._every_step = steps, torch.arange(steps)
         self.second_order: bool = getattr(opt, "differentiates_gradients", True)
         self._params = pytree.tree_map(_detached, params)
         self._opt = opt
         self._shared = Shared(task, values)
         # What is callable becomes a row per step; the rest of the optimizer's values is shared.
-        self._rows = Split(self._callables(dict(values)))
+        self._rows = Split(self._callables(self._every_step, dict(values)))
         self._carry = Split(self._step.begin(self._params, dict(values)))
         self.key = (
             self._shared.key, opt, self._rows.key, self._carry.key,
@@ -45,10 +45,11 @@ class GeneralProgram:
     def values(self) -> Tensors:
         return self._shared.learnable
 
-    def inputs(self, values: Sequence[Tensor]) -> Inputs:
+    def inputs(self, values: Sequence[Tensor], params: Any = None, steps: Tensor | None = None) -> Inputs:
         everything = self._shared.values(tuple(values))
-        start = Split(self._step.begin(self._params, everything)).tensors
-        return Inputs(start, Split(self._callables(everything)).tensors, self._shared.tensors(values))
+        start = Split(self._step.begin(self._params if params is None else params, everything)).tensors
+        rows = self._callables(self._every_step if steps is None else steps, everything)
+        return Inputs(start, Split(rows).tensors, self._shared.tensors(values))
 
     def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
         step = InnerStep(self._shared.task(shared), self._opt)
@@ -71,11 +72,8 @@ class GeneralProgram:
         joined: Carry = self._carry.join(carry)
         return joined.params
 
-    def _callables(self, everything: Mapping[str, Any]) -> list[Tensor]:
-        found = [leaf for leaf in self._leaves(everything) if _is_schedule(leaf)]
-        return [
-            torch.stack([torch.as_tensor(leaf(t), dtype=torch.float64) for t in range(self._steps)]) for leaf in found
-        ]
+    def _callables(self, steps: Tensor, everything: Mapping[str, Any]) -> list[Tensor]:
+        return [called(leaf, steps, self._steps) for leaf in self._leaves(everything) if _is_schedule(leaf)]
 
     def _leaves(self, everything: Mapping[str, Any]) -> list[Any]:
         mine = {name: everything[name] for name in self._step.opt.hyperparameters}

@@ -13,13 +13,15 @@ graph of its own, recorded once for the whole horizon: `Sources` joins the two b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metaopt.functional.values import to_tensors
+from metaopt.schedule import Schedule
 from metaopt.tasks import Runs, Task
 
 Tensors = tuple[Tensor, ...]
@@ -115,8 +117,14 @@ class Program(Protocol):
     @property
     def values(self) -> Tensors: ...
 
-    def inputs(self, values: Sequence[Tensor]) -> Inputs:
-        """The tensors of the unroll."""
+    def inputs(self, values: Sequence[Tensor], params: Any = None, steps: Tensor | None = None) -> Inputs:
+        """The tensors of the unroll.
+
+        Args:
+            values: in the order of those of the program.
+            params: where it starts, if not at the program's own.
+            steps: which have rows, int64 of one dimension; None for all.
+        """
 
     def gradient(self, carry: Tensors, batch: Any, shared: Tensors) -> tuple[Tensors, Tensor]:
         """The gradient of the inner loss, and the loss: constants if not ``second_order``."""
@@ -132,6 +140,14 @@ class Program(Protocol):
 
     def params(self, carry: Tensors) -> Any:
         """The parameters of a carry as the task's tree."""
+
+
+def called(schedule: Callable[[int], Any], steps: Tensor, horizon: int) -> Tensor:
+    """What a function of the step gives at some steps, as float64: a `Schedule` at once, any other at every int."""
+    if isinstance(schedule, Schedule):
+        return schedule(steps).to(torch.float64)
+    table = [torch.as_tensor(to_tensors(schedule(step)), dtype=torch.float64) for step in range(horizon)]
+    return torch.stack(table).index_select(0, steps)
 
 
 def inner_step(program: Program, carry: Tensors, batch: Any, row: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
