@@ -1,7 +1,10 @@
 """Estimators of meta-gradients: one signature, ``backward(task, opt, hyper, generator)``."""
 
+from metaopt.metagrad.es import ES
 from metaopt.metagrad.estimator import Estimator
 from metaopt.metagrad.forward import Forward
+from metaopt.metagrad.pes import PES
+from metaopt.metagrad.truncated_es import TruncatedES
 from metaopt.metagrad.unrolled import Unrolled
 
-__all__ = ["Estimator", "Forward", "Unrolled"]
+__all__ = ["ES", "PES", "Estimator", "Forward", "TruncatedES", "Unrolled"]

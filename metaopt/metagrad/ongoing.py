@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Generator, nn
 
@@ -40,7 +40,15 @@ class Ongoing(NamedTuple):
         return self._replace(carry=carry, step=step) if step < horizon else None
 
 
-def ongoing(run: Ongoing | None, *owners: Any) -> Ongoing | None:
+class _Owned(Protocol):
+    @property
+    def owners(self) -> tuple[Any, ...]: ...
+
+
+OwnedT = TypeVar("OwnedT", bound=_Owned)
+
+
+def ongoing(run: OwnedT | None, *owners: Any) -> OwnedT | None:
     """The run if it is one of these, else None."""
     same = run is not None and all(a is b for a, b in zip(run.owners, owners, strict=True))
     return run if same else None
