@@ -51,7 +51,7 @@ class Study:
 
     def command_line(self) -> None:
         """Run it with options from the command line, and print the table."""
-        config = tyro.cli(self.config, description=f"{self.title} ({self.source})")
+        config: Any = tyro.cli(self.config, description=f"{self.title} ({self.source})")
         Console().print(findings_table({self: self.run(config)}))
 
 
