@@ -3,8 +3,10 @@
 from metaopt.metagrad.es import ES
 from metaopt.metagrad.estimator import Estimator
 from metaopt.metagrad.forward import Forward
+from metaopt.metagrad.implicit import Implicit
+from metaopt.metagrad.online import Online
 from metaopt.metagrad.pes import PES
 from metaopt.metagrad.truncated_es import TruncatedES
 from metaopt.metagrad.unrolled import Unrolled
 
-__all__ = ["ES", "PES", "Estimator", "Forward", "TruncatedES", "Unrolled"]
+__all__ = ["ES", "PES", "Estimator", "Forward", "Implicit", "Online", "TruncatedES", "Unrolled"]
