@@ -1,7 +1,8 @@
-"""Things to train, each with a judgement of the result."""
+"""Things to train, each with a judgement of the result; alone, or in families from which tasks are drawn."""
 
 from metaopt.tasks.classification import Classification, Split, Splits
 from metaopt.tasks.digits import Digits, convnet, load_digits, mlp
+from metaopt.tasks.idx import load_idx
 from metaopt.tasks.quadratic import NoisyQuadratic
 from metaopt.tasks.task import Replicas, Task
 
@@ -15,5 +16,6 @@ __all__ = [
     "Task",
     "convnet",
     "load_digits",
+    "load_idx",
     "mlp",
 ]
