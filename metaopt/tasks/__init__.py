@@ -3,10 +3,12 @@
 from metaopt.tasks.classification import Classification, Split, Splits
 from metaopt.tasks.digits import Digits, convnet, load_digits, mlp
 from metaopt.tasks.idx import load_idx
+from metaopt.tasks.mnist1d import MNIST1D, load_mnist1d, mlp1d
 from metaopt.tasks.quadratic import NoisyQuadratic
 from metaopt.tasks.task import Replicas, Task
 
 __all__ = [
+    "MNIST1D",
     "Classification",
     "Digits",
     "NoisyQuadratic",
@@ -17,5 +19,7 @@ __all__ = [
     "convnet",
     "load_digits",
     "load_idx",
+    "load_mnist1d",
     "mlp",
+    "mlp1d",
 ]
