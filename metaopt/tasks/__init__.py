@@ -4,18 +4,27 @@ from metaopt.tasks.classification import Classification, Split, Splits
 from metaopt.tasks.digits import Digits, convnet, load_digits, mlp
 from metaopt.tasks.idx import load_idx
 from metaopt.tasks.mnist1d import MNIST1D, load_mnist1d, mlp1d
+from metaopt.tasks.network import Conv, Dense
 from metaopt.tasks.quadratic import NoisyQuadratic
+from metaopt.tasks.quadratics import Quadratic, RandomQuadratics
+from metaopt.tasks.sinusoid import Sinusoids, Wave
 from metaopt.tasks.task import Replicas, Task
 
 __all__ = [
     "MNIST1D",
     "Classification",
+    "Conv",
+    "Dense",
     "Digits",
     "NoisyQuadratic",
+    "Quadratic",
+    "RandomQuadratics",
     "Replicas",
+    "Sinusoids",
     "Split",
     "Splits",
     "Task",
+    "Wave",
     "convnet",
     "load_digits",
     "load_idx",
