@@ -2,8 +2,10 @@
 
 from metaopt.tasks.classification import Classification, Split, Splits
 from metaopt.tasks.digits import Digits, convnet, load_digits, mlp
+from metaopt.tasks.few_shot import Episode, Examples, FewShot
 from metaopt.tasks.idx import load_idx
 from metaopt.tasks.mnist1d import MNIST1D, load_mnist1d, mlp1d
+from metaopt.tasks.mnist1d_subsets import MNIST1DSubsets
 from metaopt.tasks.network import Conv, Dense
 from metaopt.tasks.quadratic import NoisyQuadratic
 from metaopt.tasks.quadratics import Quadratic, RandomQuadratics
@@ -16,6 +18,10 @@ __all__ = [
     "Conv",
     "Dense",
     "Digits",
+    "Episode",
+    "Examples",
+    "FewShot",
+    "MNIST1DSubsets",
     "NoisyQuadratic",
     "Quadratic",
     "RandomQuadratics",
