@@ -3,6 +3,7 @@
 from metaopt.tasks.classification import Classification, Split, Splits
 from metaopt.tasks.digits import Digits, convnet, load_digits, mlp
 from metaopt.tasks.few_shot import Episode, Examples, FewShot
+from metaopt.tasks.glyphs import Glyphs, load_glyphs
 from metaopt.tasks.idx import load_idx
 from metaopt.tasks.mnist1d import MNIST1D, load_mnist1d, mlp1d
 from metaopt.tasks.mnist1d_subsets import MNIST1DSubsets
@@ -21,6 +22,7 @@ __all__ = [
     "Episode",
     "Examples",
     "FewShot",
+    "Glyphs",
     "MNIST1DSubsets",
     "NoisyQuadratic",
     "Quadratic",
@@ -33,6 +35,7 @@ __all__ = [
     "Wave",
     "convnet",
     "load_digits",
+    "load_glyphs",
     "load_idx",
     "load_mnist1d",
     "mlp",
