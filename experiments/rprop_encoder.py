@@ -118,7 +118,7 @@ def _draw(figure: Figure, rprop: Tensor, backprop: dict[float, Tensor]) -> None:
     for label, needed in {"Rprop": rprop, **{f"backprop, lr {lr}": n for lr, n in backprop.items()}}.items():
         at = needed.sort().values
         axes.step([0.0, *at.tolist()], [index / len(at) for index in range(len(at) + 1)], where="post", label=label)
-    axes.set(title="10-5-10 encoder", xlabel="epochs", ylabel="trials that have converged", xscale="log")
+    axes.set(title="10-5-10 encoder", xlabel="epochs", ylabel="trials that have converged")
     axes.legend()
 
 
