@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
-from metaopt.metagrad.objective import Objective, check_objective, check_truncation, whole, windows
+from metaopt.metagrad.objective import Objective, check_objective, check_truncation, whole, window_at, windows
 from metaopt.metagrad.ongoing import Ongoing, ongoing
 from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.adjoint import sweep
@@ -125,9 +125,11 @@ class Unrolled:
             sources = Sources(program.inputs(program.values))
         unroll = Unroll(program, sources, run.task, generator, compile=self.compile)
         carry = sources.leaves.start if run.carry is None else run.carry
-        stretches = windows(self.objective, self.steps, self.truncation or self.steps)
+        length = self.truncation or self.steps
         if self.carry:
-            stretches = [stretch for stretch in stretches if stretch.steps.start == run.step]
+            stretches = [window_at(self.objective, self.steps, run.step, length)]
+        else:
+            stretches = windows(self.objective, self.steps, length)
         total: Tensor | None = None
         for stretch in stretches:
             if not stretch.has_objective:
