@@ -52,7 +52,10 @@ class Config:
 
 
 class LinearSystem:
-    """The system as a functional optimizer: a step does not look at a gradient."""
+    """The system as a functional optimizer, whose step does not look at a gradient.
+
+    Its parameters are the state, and behind it a clock.
+    """
 
     hyperparameters = ("theta",)
     defaults: Mapping[str, Any] = {"theta": 0.5}
@@ -65,15 +68,23 @@ class LinearSystem:
     def init(self, params: Tensor, **hyper: Any) -> tuple[()]:
         return ()
 
-    def step(self, params: Tensor, grads: Any, state: tuple[()], *, theta: Tensor) -> tuple[Tensor, tuple[()]]:
-        return self.transition @ params + theta * self.direction, state
+    def step(self, params: Tensor, grads: Any, state: Any, **hyper: Any) -> tuple[Tensor, Any]:
+        moved = self.transition @ params[:-1] + hyper["theta"] * self.direction
+        return torch.cat([moved, params[-1:] + 1.0]), state
 
 
 class FirstEntry:
-    """The task: the system starts at ones, and its first entry should stay at 1."""
+    """The task: the system starts at ones, and its first entry should stay at 1.
+
+    Args:
+        every: how often that is looked at: the study judges a window by its end.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
 
     def init(self, generator: Generator | None) -> Tensor:
-        return torch.ones(23)
+        return torch.cat([torch.ones(23), torch.zeros(1)])
 
     def batch(self, step: int, generator: Generator | None) -> tuple[()]:
         return ()
@@ -82,7 +93,8 @@ class FirstEntry:
         return self.meta_loss(params, hyper)
 
     def meta_loss(self, params: Tensor, hyper: Values) -> Tensor:
-        return 0.5 * (params[0] - 1.0) ** 2
+        due = (params[-1].detach() % self.every == 0).to(params)
+        return due * 0.5 * (params[0] - 1.0) ** 2
 
 
 class Theta(nn.Module):
@@ -108,12 +120,12 @@ def learn(config: Config, name: str) -> list[float]:
     else:
         estimator = Unrolled(steps, "mean", truncation=window, carry=True)
     hyper = Theta()
-    # The objective is the mean over the horizon, of which a window has its share; the study's is the sum.
+    # The objective is a mean over the horizon, of which a window has its share; the study's is the loss itself.
     meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=config.lr * steps)
     path: list[float] = []
     meta_optimizer.register_step_post_hook(lambda *_: path.append(hyper.theta.item()))
     metaopt.meta_train(
-        FirstEntry(),
+        FirstEntry(every=window),
         LinearSystem(),
         hyper,
         estimator,
@@ -128,10 +140,11 @@ def learn(config: Config, name: str) -> list[float]:
 @torch.no_grad()
 def loss(theta: float, steps: int = 500) -> float:
     """After an unroll."""
-    opt, state = LinearSystem(), torch.ones(23)
+    opt, task = LinearSystem(), FirstEntry()
+    state = task.init(None)
     for _ in range(steps):
         state, _ = opt.step(state, None, (), theta=torch.tensor(theta))
-    return float(FirstEntry().meta_loss(state, {}))
+    return float(task.meta_loss(state, {}))
 
 
 def run(config: Config) -> list[Finding]:
