@@ -8,7 +8,7 @@ One autograd.Function keeps p, g, m and v by reference, 16 bytes a float32 eleme
 same step keeps about twice that, and runs slower. The formulas below are those of its vector-Jacobian product, with P,
 M, V for the cotangents of p', m', v', and of its Jacobian-vector product; both are made of torch operations, so that
 derivatives of any order follow. Under torch.compile, which makes its own, and under vmap, the operations stand for
-themselves.
+themselves; on a GPU the step and a first derivative that is not differentiated again are a kernel each.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaopt.kernels.differentiable import fits
 from metaopt.numerics import safe_sqrt
 
 
@@ -100,7 +101,12 @@ def _denominator(i: Inputs, root: Tensor) -> Tensor:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Result:
-        return composed(Inputs(*inputs), root=torch.sqrt)
+        i = Inputs(*inputs)
+        if fits(i[:4], i[4:-1]):
+            from metaopt.kernels.gpu import differentiable, moments_step
+
+            return differentiable.forward(moments_step.forward, i._replace(maximize=None), MAXIMIZE=i.maximize)
+        return composed(i, root=torch.sqrt)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -117,6 +123,9 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
         i = Inputs(*(*tensors, ctx.maximize))
+        wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
+        if not torch.is_grad_enabled() and fits(i[:4], i[4:-1], cotangents):
+            return _by_kernel(i, cotangents, wanted)
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
         moved = i.step_size * to_p
@@ -148,7 +157,6 @@ class _Step(torch.autograd.Function):
         to_param = to_p if i.shrink is None else i.shrink * to_p
         if i.weight_decay is not None:
             to_param = to_param + i.weight_decay * to_h
-        wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
 
         def summed(name: str, *factors: Tensor) -> Tensor | None:
             """The cotangent of a coefficient: over all elements that it stands for."""
@@ -217,6 +225,16 @@ class _Step(torch.autograd.Function):
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
         )
+
+
+def _by_kernel(i: Inputs, cotangents: tuple[Tensor, ...], wanted: dict[str, bool]) -> tuple[Any, ...]:
+    from metaopt.kernels.gpu import differentiable, moments_step
+
+    handed_on = i.shrink is None and i.weight_decay is None  # the parameter's cotangent, as it is
+    names = [name for name, want in wanted.items() if want and not (handed_on and name == "param")]
+    inputs = i._replace(maximize=None)
+    found = differentiable.backward(moments_step.backward, inputs, cotangents, names, MAXIMIZE=i.maximize)
+    return found._replace(param=cotangents[0]) if handed_on else found
 
 
 def _root(x: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metaopt.kernels.gpu import launch, radam, rprop
+from metaopt.functional import moments_step as moments
+from metaopt.functional import rprop_step as rprops
+from metaopt.kernels.gpu import differentiable, launch, moments_step, radam, rprop, rprop_step
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="nothing is compiled with TRITON_INTERPRET=1")
 
@@ -36,14 +38,18 @@ class Compiled(NamedTuple):
     text: str
 
 
-def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], folder: Path) -> Compiled:
+def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], folder: Path) -> Compiled:
+    """A kernel for types of arguments, tuples among them, and for the values of all others."""
     names = kernel.arg_names
     signature = {name: arguments.get(name, "constexpr") for name in names}
+    flat: dict[tuple[int, ...], str] = {}
+    for i, kind in enumerate(signature.values()):
+        flat |= {(i, j): one for j, one in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(names.index(name),): constants.get(name) for name in names if name not in arguments},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+        constexprs={path: constants.get(names[path[0]]) for path, kind in flat.items() if kind == "constexpr"},
+        attrs={path: [["tt.divisibility", 16]] for path, kind in flat.items() if kind.startswith("*")},
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.WARPS})
     binary = folder / "kernel.cubin"
@@ -153,3 +159,28 @@ def test_numbers_reach_the_kernels_in_double_precision(kernel: Any) -> None:
     """Triton makes a Python float a float32 unless told otherwise, and 1 - beta2 would lose four digits."""
     wanted = NUMBERS.get(kernel, ["beta1", "beta2"])
     assert [p.name for p in kernel.params if p.annotation_type == "fp64"] == wanted
+
+
+STEPS = {"radam": (moments_step, moments), "adamw": (moments_step, moments), "rprop": (rprop_step, rprops)}
+LEFT_OUT = {
+    "radam": {"root_correction", "weight_decay", "shrink", "maximize"},
+    "adamw": {"weight_decay", "rectified", "maximize"},
+    "rprop": set(),
+}
+
+
+def differentiable_step(
+    name: str, folder: Path, dtype: str, *, back: bool, wanted: set[str] | None = None, each: bool = False
+) -> Compiled:
+    """A kernel of a differentiable step; backward with the gradients of the fields in ``wanted``, or of all."""
+    module, maths = STEPS[name]
+    fields = maths.Inputs._fields
+    kinds = {field: "*i1" if field == "rectified" else f"*{dtype}" for field in fields}
+    kinds |= dict.fromkeys(LEFT_OUT[name], "constexpr")
+    wanted = set(fields) if wanted is None else wanted
+    to = {field: kind if field in wanted - {"rectified"} else "constexpr" for field, kind in kinds.items()}
+    three = (f"*{dtype}",) * 3
+    arguments: dict[str, Any] = {"i": maths.Inputs(**kinds), "count": "i32"}
+    arguments |= {"cotangents": three, "to": maths.Inputs(**to)} if back else {"new": three}
+    constants = {"EACH": each, "BLOCK": differentiable.BLOCK}
+    return compiled(module.backward if back else module.forward, arguments, {"MAXIMIZE": None, **constants}, folder)
