@@ -75,9 +75,9 @@ def pull_back(i, cotangents, to, offset, live, EACH: tl.constexpr):
 
 @triton.jit
 def agreement(g, prev):
-    """1 where the gradient has kept its sign, and 1 where it has flipped; else 0, or NaN where it is."""
-    product = sign(g * prev)
-    return tl.where(product < 0.0, 0.0, product), tl.where(product > 0.0, 0.0, -product)
+    """1 where the gradient has kept its sign, and 1 where it has flipped; else 0."""
+    product = g * prev
+    return (product > 0.0).to(g.dtype), (product < 0.0).to(g.dtype)
 
 
 @triton.jit
@@ -90,5 +90,5 @@ def factor(i, kept, flipped, offset, live, EACH: tl.constexpr):
 
 @triton.jit
 def sign(x):
-    """1, -1, 0 or NaN."""
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+    """1, -1 or 0, which is also that of NaN, as in torch."""
+    return (x > 0.0).to(x.dtype) - (x < 0.0).to(x.dtype)
