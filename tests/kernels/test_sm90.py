@@ -18,8 +18,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metaopt.functional import moments_step as moments
-from metaopt.functional import rprop_step as rprops
+from metaopt.functional import moments_step as moments_maths
+from metaopt.functional import rprop_step as rprop_maths
 from metaopt.kernels.gpu import differentiable, launch, moments_step, radam, rprop, rprop_step
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="nothing is compiled with TRITON_INTERPRET=1")
@@ -161,8 +161,12 @@ def test_numbers_reach_the_kernels_in_double_precision(kernel: Any) -> None:
     assert [p.name for p in kernel.params if p.annotation_type == "fp64"] == wanted
 
 
-STEPS = {"radam": (moments_step, moments), "adamw": (moments_step, moments), "rprop": (rprop_step, rprops)}
-LEFT_OUT = {
+STEPS: dict[str, tuple[Any, Any]] = {
+    "radam": (moments_step, moments_maths),
+    "adamw": (moments_step, moments_maths),
+    "rprop": (rprop_step, rprop_maths),
+}
+LEFT_OUT: dict[str, set[str]] = {
     "radam": {"root_correction", "weight_decay", "shrink", "maximize"},
     "adamw": {"weight_decay", "rectified", "maximize"},
     "rprop": set(),
@@ -182,5 +186,46 @@ def differentiable_step(
     three = (f"*{dtype}",) * 3
     arguments: dict[str, Any] = {"i": maths.Inputs(**kinds), "count": "i32"}
     arguments |= {"cotangents": three, "to": maths.Inputs(**to)} if back else {"new": three}
-    constants = {"EACH": each, "BLOCK": differentiable.BLOCK}
-    return compiled(module.backward if back else module.forward, arguments, {"MAXIMIZE": None, **constants}, folder)
+    constants = {"MAXIMIZE": False, "EACH": each, "BLOCK": differentiable.BLOCK}
+    return compiled(module.backward if back else module.forward, arguments, constants, folder)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("name", "back", "wide", "registers"),
+    [
+        ("radam", False, 7, 40),  # 4 tensors loaded, 3 stored, 16 bytes of each in a thread
+        ("adamw", False, 7, 40),
+        ("rprop", False, 7, 40),
+        ("radam", True, 10, 88),  # without decay the parameter is not read
+        ("adamw", True, 11, 88),
+        ("rprop", True, 9, 64),
+    ],
+)
+def test_a_differentiable_step_moves_128_bits_at_once_without_spills(
+    name: str, back: bool, wide: int, registers: int, dtype: str, tmp_path: Path
+) -> None:
+    made = differentiable_step(name, tmp_path, dtype, back=back)
+    double = 2 if dtype == "fp64" else 1
+    assert sum(".128" in op for op in made.loads + made.stores) == double * wide
+    assert made.spilled == 0
+    assert made.registers <= double * registers
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_derivative_in_the_tensors_alone_sums_nothing(name: str, tmp_path: Path) -> None:
+    tensors = set(STEPS[name][1].Inputs._fields[:4])
+    made = differentiable_step(name, tmp_path, "fp32", back=True, wanted=tensors)
+    assert made.shared == 0
+    assert "BAR" not in made.text
+    assert "SHFL" not in made.text
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("back", [False, True])
+def test_coefficients_of_each_element_are_read_as_widely(name: str, back: bool, tmp_path: Path) -> None:
+    made = differentiable_step(name, tmp_path, "fp32", back=back, each=True)
+    plain = differentiable_step(name, tmp_path, "fp32", back=back)
+    count = len(set(STEPS[name][1].Inputs._fields[4:]) - LEFT_OUT[name] - {"rectified"})
+    assert sum(".128" in op for op in made.loads) == sum(".128" in op for op in plain.loads) + count
+    assert made.spilled == 0
