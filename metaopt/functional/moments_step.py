@@ -105,7 +105,7 @@ class _Step(torch.autograd.Function):
         if fits(i[:4], i[4:-1]):
             from metaopt.kernels.gpu import differentiable, moments_step
 
-            return differentiable.forward(moments_step.forward, i._replace(maximize=None), MAXIMIZE=i.maximize)
+            return differentiable.forward(moments_step.forward, i, MAXIMIZE=i.maximize)
         return composed(i, root=torch.sqrt)
 
     @staticmethod
@@ -123,9 +123,11 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
         i = Inputs(*(*tensors, ctx.maximize))
-        wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
         if not torch.is_grad_enabled() and fits(i[:4], i[4:-1], cotangents):
-            return _by_kernel(i, cotangents, wanted)
+            from metaopt.kernels.gpu import differentiable, moments_step
+
+            kernel, as_is = moments_step.backward, i.shrink is None and i.weight_decay is None
+            return differentiable.backward(kernel, i, cotangents, ctx.needs_input_grad, as_is, MAXIMIZE=i.maximize)
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
         moved = i.step_size * to_p
@@ -157,6 +159,7 @@ class _Step(torch.autograd.Function):
         to_param = to_p if i.shrink is None else i.shrink * to_p
         if i.weight_decay is not None:
             to_param = to_param + i.weight_decay * to_h
+        wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
 
         def summed(name: str, *factors: Tensor) -> Tensor | None:
             """The cotangent of a coefficient: over all elements that it stands for."""
@@ -225,16 +228,6 @@ class _Step(torch.autograd.Function):
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
         )
-
-
-def _by_kernel(i: Inputs, cotangents: tuple[Tensor, ...], wanted: dict[str, bool]) -> tuple[Any, ...]:
-    from metaopt.kernels.gpu import differentiable, moments_step
-
-    handed_on = i.shrink is None and i.weight_decay is None  # the parameter's cotangent, as it is
-    names = [name for name, want in wanted.items() if want and not (handed_on and name == "param")]
-    inputs = i._replace(maximize=None)
-    found = differentiable.backward(moments_step.backward, inputs, cotangents, names, MAXIMIZE=i.maximize)
-    return found._replace(param=cotangents[0]) if handed_on else found
 
 
 def _root(x: Tensor) -> Tensor:

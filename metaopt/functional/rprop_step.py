@@ -83,15 +83,14 @@ class _Step(torch.autograd.Function):
         return torch.vmap(lambda *batched: composed(Inputs(*batched)), in_dims)(*inputs), (0, 0, 0)
 
     @staticmethod
-    def backward(ctx: Any, to_p: Any, to_prev: Any, to_size: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        to_p, to_prev, to_size = cotangents
         i = Inputs(to_p, *ctx.saved_tensors)  # the parameter itself is not read
-        wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
-        if not torch.is_grad_enabled() and fits(i[1:4], i[4:], (to_p, to_prev, to_size)):
+        if not torch.is_grad_enabled() and fits(i[1:4], i[4:], cotangents):
             from metaopt.kernels.gpu import differentiable, rprop_step
 
-            names = [name for name, want in wanted.items() if want and name != "param"]
-            found = differentiable.backward(rprop_step.backward, i, (to_p, to_prev, to_size), names)
-            return tuple(found._replace(param=to_p))
+            return differentiable.backward(rprop_step.backward, i, cotangents, ctx.needs_input_grad, param_as_is=True)
+        wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
         kept, flipped = _agreement(i)
         factor = _factor(i, kept, flipped)
         scaled = i.step_size * factor

@@ -1,13 +1,14 @@
 """Launching the differentiable steps: one kernel forward, and one backward with the end of its sums.
 
 A step's inputs go to its kernels as the NamedTuple that they are: a parameter, what else has an element for each of
-its elements, then coefficients. Gradients are NamedTuples of the same fields, None where none is asked for. As
-everywhere in this package the host waits for nothing: coefficients on the device are read there.
+its elements, then coefficients; a switch among them goes as a constant. What a kernel writes backward is a NamedTuple
+of the same fields, None where no gradient is asked for. As everywhere in this package the host waits for nothing:
+coefficients on the device are read there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def forward(kernel: Any, inputs: Any, **flags: bool) -> tuple[Tensor, Tensor, Te
     return new[0], new[1], new[2]
 
 
-def backward(kernel: Any, inputs: Any, cotangents: Any, wanted: Collection[str], **flags: bool) -> Any:
+def backward(
+    kernel: Any, inputs: Any, cotangents: Sequence[Tensor], wanted: Sequence[bool], param_as_is: bool, **flags: bool
+) -> tuple[Tensor | None, ...]:
     """The gradients with respect to the inputs.
 
     A coefficient that stands for all elements gets the sum over them: each block writes its part, in the dtype of the
@@ -43,26 +46,29 @@ def backward(kernel: Any, inputs: Any, cotangents: Any, wanted: Collection[str],
         kernel: of the step, backward.
         inputs: of the step.
         cotangents: of its three results; any strides.
-        wanted: the fields whose gradient is asked for.
+        wanted: for each input, whether its gradient is asked for.
+        param_as_is: whether the parameter's gradient is its cotangent, which the kernel then need not write.
         flags: switches of the kernel.
     """
     cotangents = tuple(cotangent.contiguous() for cotangent in cotangents)
     like, fields = cotangents[0], inputs._fields
-    summed = [] if _each(inputs) else [name for name in fields[PER_ELEMENT:] if name in wanted]
+    names = [name for name, want in zip(fields, wanted, strict=True) if want]
+    if param_as_is and wanted[0]:
+        names.remove(fields[0])
+    summed = [] if _each(inputs) else [name for name in names if name in fields[PER_ELEMENT:]]
     blocks = triton.cdiv(like.numel(), BLOCK)
     parts = like.new_empty(len(summed), triton.cdiv(blocks, ALIGNED) * ALIGNED)
     to = dict(zip(summed, parts.unbind(), strict=True))
-    to |= {name: torch.empty_like(like) for name in wanted if name not in summed}
+    to |= {name: torch.empty_like(like) for name in names if name not in summed}
     _launch(kernel, inputs, (cotangents, inputs._make(map(to.get, fields))), flags)
     if summed:
-        sums = parts[:, :blocks].sum(1, dtype=torch.float64).to(like.dtype)
-        to |= zip(summed, sums.unbind(), strict=True)
-    return inputs._make(map(to.get, fields))
+        to |= zip(summed, parts[:, :blocks].sum(1, dtype=torch.float64).to(like.dtype).unbind(), strict=True)
+    return (like if param_as_is else to.get(fields[0]), *map(to.get, fields[1:]))
 
 
 def _launch(kernel: Any, inputs: Any, others: tuple[Any, ...], flags: dict[str, bool]) -> None:
     param = inputs[0]
-    placed = inputs._make(None if x is None else _at(x, param.device) for x in inputs)
+    placed = inputs._make(_at(x, param.device) if isinstance(x, Tensor) else None for x in inputs)
     with torch.cuda.device(param.device.index if param.is_cuda else -1):  # -1: none
         kernel[(triton.cdiv(param.numel(), BLOCK),)](
             placed, *others, param.numel(), **flags, EACH=_each(inputs), BLOCK=BLOCK, num_warps=WARPS
@@ -76,4 +82,4 @@ def _at(x: Tensor, device: torch.device) -> Tensor:
 
 def _each(inputs: Any) -> bool:
     """Whether coefficients have a value for each element."""
-    return any(c is not None and c.dim() > 0 for c in inputs[PER_ELEMENT:])
+    return any(isinstance(c, Tensor) and c.dim() > 0 for c in inputs[PER_ELEMENT:])
