@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,83 +10,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import metaopt
-from metaopt.functional import moments_step as moments
-from metaopt.functional import rprop_step as rprop
-from metaopt.kernels.support import interpreted
+from metaopt.functional.rprop_step import rprop_step
+from metaopt.kernels import support
 
 pytest.importorskip("triton", reason="triton's wheels are for Linux")
 from metaopt.kernels.gpu import differentiable
+from tests.kernels.steps import CASES, F64, UNROLLS, Problem, assert_near, hypergradient, operations
 
 pytestmark = [
-    pytest.mark.skipif(not interpreted(), reason="without TRITON_INTERPRET=1 a kernel needs a GPU"),
+    pytest.mark.skipif(not support.interpreted(), reason="without TRITON_INTERPRET=1 a kernel needs a GPU"),
     # The interpreter computes with numpy, which warns of a division by 0 that a GPU takes in silence.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-F32, F64 = torch.float32, torch.float64
+F32 = torch.float32
 BLOCK = differentiable.BLOCK
 SIZES = (1, 1000, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 
-# name: the module, values of the coefficients, and flags
-MOMENTS: dict[str, float] = {
-    "beta1": 0.9, "weight1": 0.1, "beta2": 0.99, "weight2": 0.01, "step_size": 0.05, "eps": 1e-3
-}  # fmt: skip
-RPROP: dict[str, float] = {"eta_minus": 0.5, "eta_plus": 1.2, "smallest": 0.2, "largest": 1.5}
-CASES: dict[str, tuple[ModuleType, dict[str, float], dict[str, bool]]] = {
-    "radam": (moments, MOMENTS, {"rectified": True}),
-    "radam, not rectified": (moments, {**MOMENTS, "eps": 1.0, "weight_decay": 0.1}, {"rectified": False}),
-    "radam, maximize": (moments, {**MOMENTS, "weight_decay": 0.1}, {"rectified": True, "maximize": True}),
-    "radam, decoupled": (moments, {**MOMENTS, "shrink": 0.8}, {"rectified": True}),
-    "adam": (moments, {**MOMENTS, "root_correction": 0.3, "weight_decay": 0.1}, {}),
-    "adam, without eps": (moments, {**MOMENTS, "root_correction": 0.3, "eps": 0.0}, {}),
-    "adamw, maximize": (moments, {**MOMENTS, "root_correction": 0.3, "shrink": 0.8}, {"maximize": True}),
-    "rprop": (rprop, RPROP, {}),
-    "rprop, one step size": (rprop, {**RPROP, "smallest": 0.7, "largest": 0.7}, {}),
-}
 CASE = pytest.mark.parametrize("case", CASES)
-
-
-class Problem:
-    """A step's inputs, and cotangents of its results."""
-
-    def __init__(self, case: str, size: int = 100, dtype: torch.dtype = F64, each: bool = False) -> None:
-        self.module, values, flags = CASES[case]
-        shape = (size,) if each else ()
-        tensors = [torch.randn(size, dtype=dtype) for _ in range(4)]
-        tensors[3].abs_()
-        if self.module is rprop:
-            tensors[1][::5] = 0.0
-        elif values["eps"]:  # dead coordinates, where v' = 0
-            for tensor in tensors[1:]:
-                tensor[::5] = 0.0
-            if "weight_decay" in values:
-                tensors[0][::5] = 0.0
-        fields: dict[str, Any] = dict.fromkeys(self.module.Inputs._fields)
-        fields |= dict(zip(fields, tensors, strict=False))
-        fields |= {name: torch.full(shape, value, dtype=dtype) for name, value in values.items()}
-        if "maximize" in fields:
-            fields["maximize"] = flags.get("maximize", False)
-        if "rectified" in flags:
-            fields["rectified"] = torch.full(shape, flags["rectified"])
-        self.inputs = self.module.Inputs(**fields)
-        self.cotangents = [torch.randn(size, dtype=dtype) for _ in range(3)]
-        self.learned = [name for name, x in fields.items() if isinstance(x, Tensor) and x.is_floating_point()]
-
-    def step(self, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return (moments.moments_step if self.module is moments else rprop.rprop_step)(inputs)
-
-    def with_learned(self, change: Callable[[Tensor], Tensor], names: list[str] | None = None) -> Any:
-        names = self.learned if names is None else names
-        return self.inputs._replace(**{name: change(getattr(self.inputs, name)) for name in names})
-
-    def gradients(self, step: Callable[..., Any], names: list[str] | None = None) -> dict[str, Tensor]:
-        """The gradient of the results' product with the cotangents, for each name."""
-        names = self.learned if names is None else names
-        inputs = self.with_learned(lambda x: x.clone().requires_grad_(), names)
-        leaves = [getattr(inputs, name) for name in names]
-        found = torch.autograd.grad(step(inputs), leaves, self.cotangents, materialize_grads=True, allow_unused=True)
-        return dict(zip(names, found, strict=True))
 
 
 @pytest.fixture
@@ -99,18 +39,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         differentiable, "_launch", lambda kernel, *args: (found.append(kernel.__name__), launch(kernel, *args))
     )
     return found
-
-
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (moments, rprop):
-        monkeypatch.setattr(module, "fits", lambda *args: False)
-
-
-def assert_near(got: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
-    """Relative to the largest element: a sum's rounding is that of its terms."""
-    assert got.shape == wanted.shape
-    scale = float(wanted.abs().max())
-    assert float((got - wanted).abs().max()) <= tolerance * scale, what
 
 
 @CASE
@@ -136,19 +64,18 @@ def test_a_value_for_each_element(case: str, launches: list[str]) -> None:
 
 
 @CASE
-def test_single_precision(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_precision(case: str) -> None:
     """A few units in the last place from torch's operations; a sum, of their terms."""
     problem = Problem(case, 2 * BLOCK + 1, F32)
     got = problem.step(problem.inputs), problem.gradients(problem.step)
-    torch_alone(monkeypatch)
-    for mine, theirs in zip(got[0], problem.step(problem.inputs), strict=True):
+    with operations():
+        wanted = problem.step(problem.inputs), problem.gradients(problem.step)
+    for mine, theirs in zip(got[0], wanted[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=4e-7, atol=1e-7)
-    for name, wanted in problem.gradients(problem.step).items():
-        if wanted.dim():
-            torch.testing.assert_close(got[1][name], wanted, rtol=2e-6, atol=1e-6)
-        else:
-            assert got[1][name].dtype == F32
-            assert abs(got[1][name] - wanted) <= 1e-5 * wanted.abs() + 1e-4
+    for name, theirs in wanted[1].items():
+        assert got[1][name].dtype == F32
+        summed = theirs.dim() == 0
+        torch.testing.assert_close(got[1][name], theirs, rtol=1e-5 if summed else 2e-6, atol=1e-4 if summed else 1e-6)
 
 
 def test_sums_over_blocks_are_added_in_double_precision() -> None:
@@ -157,7 +84,7 @@ def test_sums_over_blocks_are_added_in_double_precision() -> None:
     above = torch.full((5 * BLOCK,), 9.0)
     inputs = problem.inputs._replace(grad=torch.zeros_like(above), step_size=above)
     inputs = inputs._replace(largest=inputs.largest.requires_grad_())
-    size = rprop.rprop_step(inputs)[2]
+    size = rprop_step(inputs)[2]
     cotangent = torch.zeros(5 * BLOCK)
     cotangent[0], cotangent[BLOCK::BLOCK] = 2.0**24, 1.0
     (gradient,) = torch.autograd.grad(size, inputs.largest, cotangent)
@@ -178,12 +105,12 @@ def test_only_what_is_asked_for_is_written(case: str, count: int) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e200, 0.0])
 @pytest.mark.parametrize("case", ["radam", "adam", "rprop"])
-def test_what_is_not_finite_stays_where_it_arose(case: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_stays_where_it_arose(case: str, value: float) -> None:
     problem = Problem(case, 10)
     problem.inputs.grad[3] = value
     got = *problem.step(problem.inputs), *problem.gradients(problem.step).values()
-    torch_alone(monkeypatch)
-    wanted = *problem.step(problem.inputs), *problem.gradients(problem.step).values()
+    with operations():
+        wanted = *problem.step(problem.inputs), *problem.gradients(problem.step).values()
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14, equal_nan=True)
 
@@ -229,6 +156,15 @@ def test_what_a_kernel_cannot_take_goes_through_the_operations(case: str, launch
     for inputs in (strided, mixed, half, empty):
         for got, wanted in zip(problem.step(inputs), problem.module.composed(inputs), strict=True):
             torch.testing.assert_close(got, wanted)
+    assert launches == []
+
+
+def test_without_triton_the_operations_stand_for_the_kernels(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "_installed", lambda module: False)
+    problem = Problem("adam", 6)
+    problem.gradients(problem.step)
     assert launches == []
 
 
@@ -281,52 +217,13 @@ def test_batched_cotangents_and_tangents_are_not_lost_backward(case: str) -> Non
         torch.testing.assert_close(derived(problem.step), derived(problem.module.composed))
 
 
-class TwoTensors:
-    """Least squares on a line, so that the tree has two tensors."""
-
-    def init(self, generator: torch.Generator | None) -> dict[str, Tensor]:
-        return {"weight": torch.ones(3, dtype=F64), "bias": torch.zeros(1, dtype=F64)}
-
-    def batch(self, step: int, generator: torch.Generator | None) -> Tensor:
-        return torch.randn(4, 3, dtype=F64, generator=generator)
-
-    def loss(self, params: Any, batch: Tensor, hyper: Any) -> Tensor:
-        target = batch.sin().sum(1)
-        return (batch @ params["weight"] + params["bias"] - target).square().mean()
-
-    def meta_loss(self, params: Any, hyper: Any) -> Tensor:
-        return self.loss(params, torch.linspace(-1.0, 1.0, 12, dtype=F64).view(4, 3), hyper)
-
-
-UNROLLS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "radam": (metaopt.functional.radam(), {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}, 7),
-    "adamw": (metaopt.functional.adamw(), {"lr": 0.05, "eps": 1e-3, "weight_decay": 0.1}, 5),
-    "rprop": (metaopt.functional.rprop(), {"lr": 0.05, "etas": (0.5, 1.2), "step_sizes": (0.04, 0.08)}, 5),
-    "adam, lr per parameter": (
-        metaopt.functional.adam(),
-        {"lr": metaopt.PerParameter(["weight", "bias"], 0.05), "betas": (0.8, 0.95)},
-        5,
-    ),
-}
-
-
 @pytest.mark.parametrize("name", UNROLLS)
-def test_a_hypergradient_is_the_same_with_and_without(
-    name: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """RAdam's first five steps are not rectified, and two more are."""
-    opt, learn, steps = UNROLLS[name]
-
-    def hypergradient() -> list[Tensor]:
-        hyper = metaopt.Hyperparameters(opt, learn=learn)
-        estimator = metaopt.metagrad.Unrolled(steps=steps, objective="mean")
-        loss = estimator.backward(TwoTensors(), opt, hyper, torch.Generator().manual_seed(1))
-        return [loss, *(p.grad for p in hyper.parameters() if p.grad is not None)]
-
-    got = hypergradient()
+def test_a_hypergradient_is_the_same_with_and_without(name: str, launches: list[str]) -> None:
+    steps = UNROLLS[name][-1]
+    got = hypergradient(name)
     assert launches == ["forward"] * steps + ["backward"] * steps
-    torch_alone(monkeypatch)
-    wanted = hypergradient()
+    with operations():
+        wanted = hypergradient(name)
     assert len(launches) == 2 * steps
     assert len(got) == len(wanted) > 2
     for mine, theirs in zip(got, wanted, strict=True):

@@ -179,7 +179,7 @@ def differentiable_step(
     """A kernel of a differentiable step; backward with the gradients of the fields in ``wanted``, or of all."""
     module, maths = STEPS[name]
     fields = maths.Inputs._fields
-    kinds = {field: "*i1" if field == "rectified" else f"*{dtype}" for field in fields}
+    kinds = {field: "*u1" if field == "rectified" else f"*{dtype}" for field in fields}
     kinds |= dict.fromkeys(LEFT_OUT[name], "constexpr")
     wanted = set(fields) if wanted is None else wanted
     to = {field: kind if field in wanted - {"rectified"} else "constexpr" for field, kind in kinds.items()}
