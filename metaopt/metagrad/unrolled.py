@@ -100,6 +100,15 @@ class Unrolled:
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"Unrolled(steps={self.steps}, objective={self.objective!r}{given})"
 
+    @property
+    def windows(self) -> int:
+        """How many calls go over the horizon."""
+        return math.ceil(self.steps / (self.truncation or self.steps)) if self.carry else 1
+
+    def reset(self) -> None:
+        """Let the next call begin a new unroll."""
+        self._ongoing = None
+
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:
