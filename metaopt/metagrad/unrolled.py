@@ -120,7 +120,7 @@ class Unrolled:
                 carry, part = backwards(unroll, carry, stretch, self._segment_length(len(stretch.steps)))
             total = grown(total, part)
         if self.compile:  # compiled steps return 0 where a recorded graph has nothing
-            sources.keep(dependence(unroll, whole(self.objective, self.steps)))
+            sources.keep(dependence(unroll, whole(self.objective, self.truncation or self.steps)))
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         assert total is not None
