@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaopt import Hyperparameters
+from metaopt import Hyperparameters, suggest
 from metaopt.functional import REGISTRY, radam, sgd
 from metaopt.metagrad import Estimator, Forward, Unrolled
 from tests.metagrad.reference import Regression, learn_all, seeded
@@ -130,12 +130,19 @@ def test_segments_of_ten_thousand_steps_of_a_network_take_less_than_300_megabyte
     assert at[400] + 80 * slope < 300e6
 
 
+def test_what_a_suggestion_says_of_segments_is_what_they_take() -> None:
+    opt, estimator = radam(), Unrolled(100, segments="sqrt")
+    modes = suggest(Network(), opt, Hyperparameters(opt, {"lr": 0.1}), 100, memory=1e12, compile=False).modes
+    (said,) = (mode.bytes for mode in modes if repr(mode.estimator) == repr(estimator))
+    assert said == pytest.approx(peak(estimator, Network(), opt), rel=0.15)
+
+
 @pytest.mark.parametrize(("name", "steps", "numbers"), [("sgd", 10_000, 6), ("radam", 2000, 27)])
 def test_forward_mode_grows_by_a_few_numbers_a_step(name: str, steps: int, numbers: int) -> None:
     """What the optimizer computes for all steps before the first, in doubles: its coefficients, their derivatives, and
-    what lies between them and the learning rate. One vector of parameters kept at each step would be 2,000 of them.
+    what lies between them and the learning rate. One vector of parameters kept at each step would be 500 of them.
     """
-    short, long = (peak(Forward(count), Bowl(4000), REGISTRY[name]()) for count in (100, steps))
+    short, long = (peak(Forward(count), Bowl(1000), REGISTRY[name]()) for count in (100, steps))
     assert long - short <= numbers * 8 * (steps - 100)
 
 
