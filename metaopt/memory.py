@@ -62,24 +62,18 @@ def peak(call: Callable[[], object]) -> int:
 
 def _peak_on_cpu(call: Callable[[], object]) -> int:
     from torch._C._profiler import RecordScope, _ExperimentalConfig
-    from torch.autograd import (
-        ProfilerActivity,
-        ProfilerConfig,
-        ProfilerState,
-        _disable_profiler,
-        _enable_profiler,
-        _prepare_profiler,
-    )
 
-    # The profiler, asked for memory alone: no operation has the scope that it is given.
-    config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+    profiler: Any = torch.autograd  # its own interface knows no profile of memory alone
+    cpu = {profiler.ProfilerActivity.CPU}
+    kind = profiler.ProfilerState.KINETO
+    config = profiler.ProfilerConfig(kind, False, True, False, False, False, _ExperimentalConfig())
     with _silent():
-        _prepare_profiler(config, {ProfilerActivity.CPU})
-        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.LITE_INTERPRETER})
+        profiler._prepare_profiler(config, cpu)
+        profiler._enable_profiler(config, cpu, {RecordScope.LITE_INTERPRETER})  # a scope that no operation has
         try:
             call()
         finally:
-            events = _disable_profiler().events()
+            events = profiler._disable_profiler().events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = most = 0
     for _, size in changes:

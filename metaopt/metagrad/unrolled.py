@@ -146,12 +146,10 @@ class Unrolled:
                 continue
             carry, part = self._differentiated(unroll, carry, stretch)
             total = grown(total, part)
-        if self.compile or self.carry:
-            connected = dependence(unroll, whole(self.objective, self.steps))
-            if self.compile:  # compiled steps return 0 where a recorded graph has nothing
-                sources.keep(connected)
-            if self.carry:  # what is read in another window has no gradient in this one
-                sources.add_zeros(connected)
+        if self.compile:  # compiled steps return 0 where a recorded graph has nothing
+            sources.keep(dependence(unroll, whole(self.objective, length)))
+        if self.carry:  # what is read in another window has no gradient in this one
+            sources.add_zeros(dependence(unroll, whole(self.objective, self.steps)))
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         if self.carry:
