@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from metaopt import memory
 from metaopt.functional import Optimizer
+from metaopt.memory import peak
 from metaopt.metagrad.estimator import Estimator
 from metaopt.tasks import Task, TaskBatch
 
@@ -103,7 +103,7 @@ def measure(
         losses.append(sum(estimator.backward(task, opt, hyper, generator).item() for _ in windows))
 
     try:
-        size = memory.peak(estimate)
+        size = peak(estimate)
         losses.clear()
         for _ in range(samples):
             started = perf_counter()
