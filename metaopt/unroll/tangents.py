@@ -81,15 +81,21 @@ def _loss(program: Program, batch: Any, carry: Tensors, shared: Tensors) -> Tens
 def _inputs(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
     """The inputs of the program, and the tangents of those that are floating, with a leading dimension K."""
 
-    def differentiable(*given: Tensor) -> list[Tensors]:
-        return [chosen(part, floating(part)) for part in program.inputs(merged(values, where, given))]
-
     where = floating(values)
 
-    def along(*directions: Tensor) -> Any:
-        return torch.func.jvp(differentiable, chosen(values, where), directions)[1]
+    def differentiable(*given: Tensor) -> tuple[list[Tensors], Inputs]:
+        inputs = program.inputs(merged(values, where, given))
+        return [chosen(part, floating(part)) for part in inputs], inputs
 
-    return program.inputs(values), Inputs(*torch.vmap(along)(*chosen(tangents, where)))
+    def along(*directions: Tensor) -> Any:
+        return torch.func.jvp(differentiable, chosen(values, where), directions, has_aux=True)[1:]
+
+    directions = chosen(tangents, where)
+    if len(directions[0]) == 1:  # without vmap's overhead
+        dots, inputs = along(*(direction[0] for direction in directions))
+        return inputs, Inputs(*(tuple(dot[None] for dot in part) for part in dots))
+    dots, inputs = torch.vmap(along, out_dims=(0, None))(*directions)  # type: ignore[arg-type]
+    return inputs, Inputs(*dots)
 
 
 def tangent_step(program: Program, count: int) -> TangentStep:
