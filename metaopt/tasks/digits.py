@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import nn
 
-from metaopt.tasks.task import Values
-
-Params = dict[str, Tensor]
-
-
-class Split(NamedTuple):
-    """Images of shape (n, 1, 8, 8) with values in [0, 1], and labels of shape (n,)."""
-
-    images: Tensor
-    labels: Tensor
-
-
-class DigitsData(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
+from metaopt.tasks.classification import Classification, Split, Splits
 
 
 @lru_cache(maxsize=1)
-def load_digits() -> DigitsData:
+def load_digits() -> Splits:
     """The three splits (1,000 / 397 / 400 images), drawn once and for all.
+
+    Images have shape (n, 1, 8, 8) and values in [0, 1].
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -46,7 +32,7 @@ def load_digits() -> DigitsData:
     images = torch.as_tensor(bunch.images, dtype=torch.float32)[order].unsqueeze(1) / 16
     labels = torch.as_tensor(bunch.target, dtype=torch.int64)[order]
     sizes = [1000, 397, 400]
-    return DigitsData(*(Split(*part) for part in zip(images.split(sizes), labels.split(sizes), strict=True)))
+    return Splits(*(Split(*part) for part in zip(images.split(sizes), labels.split(sizes), strict=True)))
 
 
 def mlp(hidden: int = 32) -> nn.Module:
@@ -68,7 +54,7 @@ def convnet(channels: int = 8) -> nn.Module:
     )
 
 
-class Digits:
+class Digits(Classification):
     """Classification of digits: the inner loss on training batches, the meta-loss on the validation split.
 
     Args:
@@ -89,40 +75,4 @@ class Digits:
     """
 
     def __init__(self, network: Callable[[], nn.Module] = mlp, batch_size: int = 128) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got batch_size={batch_size}")
-        self.data = load_digits()
-        self.network = network
-        self.batch_size = batch_size
-        with torch.random.fork_rng(devices=[]):
-            self._model = network()
-
-    def init(self, generator: Generator | None) -> Params:
-        """The network's own initialisation (torch's), seeded from the generator."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self.network()
-        return {name: p.detach() for name, p in model.named_parameters()}
-
-    def batch(self, step: int, generator: Generator | None) -> Split:
-        index = torch.randint(len(self.data.train.labels), (self.batch_size,), generator=generator)
-        return Split(self.data.train.images[index], self.data.train.labels[index])
-
-    def logits(self, params: Params, images: Tensor) -> Tensor:
-        """Shape (n, 10) for images of shape (n, 1, 8, 8)."""
-        logits: Tensor = torch.func.functional_call(self._model, params, (images,))
-        return logits
-
-    def loss(self, params: Params, batch: Split, hyper: Values) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(params, batch.images), batch.labels)
-
-    def meta_loss(self, params: Params, hyper: Values) -> Tensor:
-        return self.loss(params, self.data.validation, hyper)
-
-    @torch.no_grad()
-    def test(self, params: Params) -> dict[str, Tensor]:
-        """``loss`` and ``accuracy`` on the test split, both 0-d."""
-        logits = self.logits(params, self.data.test.images)
-        accuracy = (logits.argmax(-1) == self.data.test.labels).float().mean()
-        return {"loss": nn.functional.cross_entropy(logits, self.data.test.labels), "accuracy": accuracy}
+        super().__init__(load_digits(), network, batch_size)

@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy
 import metaopt
 from metaopt import functional
 from metaopt.metagrad import Forward, Unrolled
-from metaopt.tasks.digits import DigitsData, Split
+from metaopt.tasks.classification import Split, Splits
 
 MIB = 2**20
 PLAIN, FOREACH = "plain, foreach=False", "plain, foreach=True"
@@ -63,11 +63,11 @@ class Labelled(metaopt.tasks.Digits):
     """Classification like that of digits, of other data or in float64; a module can be had in place of a tree."""
 
     def __init__(
-        self, data: DigitsData, network: Callable[[], nn.Module], batch_size: int, dtype: torch.dtype = torch.float32
+        self, data: Splits, network: Callable[[], nn.Module], batch_size: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(network, batch_size)
         self.dtype = dtype
-        self.data = DigitsData(*(Split(part.images.to(dtype), part.labels) for part in data))
+        self.data = Splits(*(Split(part.images.to(dtype), part.labels) for part in data))
 
     def init(self, generator: Generator | None) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.module(generator).named_parameters()}
@@ -103,7 +103,7 @@ def wide(quick: bool) -> Work:
     def split(count: int) -> Split:
         return Split(torch.randn(count, 512, generator=drawn), torch.randint(10, (count,), generator=drawn))
 
-    data = DigitsData(split(2048), split(512), split(16))
+    data = Splits(split(2048), split(512), split(16))
     sizes = (512, 512, 512, 10)
     task = Labelled(data, lambda: _mlp(*sizes), batch_size=256)
     return Work("wide", "random inputs, MLP 512-512-512-10, batch 256", task, [10] if quick else [20])

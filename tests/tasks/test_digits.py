@@ -12,7 +12,7 @@ from sklearn import datasets
 from torch import Tensor, nn
 
 from metaopt.functional import radam
-from metaopt.tasks import Digits, DigitsData, Task, convnet, load_digits, mlp
+from metaopt.tasks import Digits, Splits, Task, convnet, load_digits, mlp
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -69,7 +69,7 @@ def test_the_splits_are_the_same_whatever_the_state_of_the_random_numbers() -> N
     before = torch.random.get_rng_state()
     second = load_digits()
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert isinstance(second, DigitsData)
+    assert isinstance(second, Splits)
     assert second is not first
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.images, b.images)
