@@ -187,7 +187,7 @@ def _draw(figure: Figure, learned: dict[str, Tensor], wrong: Tensor) -> None:
         axes.hist(parts, bins=20, range=(0, 1), label=["right label", "wrong label"], stacked=True)
         axes.axvline(0.5, color="0.3", linestyle=":")
         axes.set(title=f"{name}: F1 {f1(weights < 0.5, wrong):.3f}", xlabel="weight", ylabel="training examples")
-        axes.legend()
+        axes.legend(loc="upper center")
 
 
 STUDY = Study(

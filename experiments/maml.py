@@ -166,9 +166,11 @@ def _draw(figure: Figure, maml: Learned, meta_sgd: Learned, config: Config) -> N
 
 
 def _draw_wave(axes: Any, maml: Learned, meta_sgd: Learned, config: Config) -> None:
-    """One held-out wave: what is seen of it, and what one step makes of that."""
+    """A held-out wave, the highest of ten: what is seen of it, and what one step makes of that."""
     family = Sinusoids(config.shots, queries=1)
-    wave = family.sample(1, torch.Generator().manual_seed(TEST_SEED))
+    waves = family.sample(10, torch.Generator().manual_seed(TEST_SEED))
+    highest = waves.amplitude.argmax()
+    wave = Wave(*(part[highest : highest + 1] for part in waves))
     x = torch.linspace(-5.0, 5.0, 201)[:, None]
     for label, learned in (("MAML", maml), ("Meta-SGD", meta_sgd)):
         _, carry, values = adapted(learned.hyper, Tasks(FromStart(family, learned.hyper), wave), config.lr)
