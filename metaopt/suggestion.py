@@ -137,8 +137,9 @@ def suggest(
         mode(Unrolled(steps, segments=1, compile=compile), plain + recorded, steps * carry + kept),
         mode(
             Unrolled(steps, segments="sqrt", compile=compile),
-            2 * plain + recorded,
-            (steps / length + length) * carry + length * _size(with_batch) + kept,
+            # Compiled, the steps of a segment are taken once more and then differentiated one by one; else recorded.
+            (2 if compile else 1) * plain + recorded,
+            steps / length * carry + (length * (carry + _size(with_batch)) + kept if compile else length * kept),
         ),
         mode(Forward(steps, compile=compile), forward, (2 + 3 * learned) * carry),
     ]

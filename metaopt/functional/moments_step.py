@@ -8,7 +8,7 @@ One autograd.Function keeps p, g, m and v by reference, 16 bytes a float32 eleme
 same step keeps about twice that, and runs slower. The formulas below are those of its vector-Jacobian product, with P,
 M, V for the cotangents of p', m', v', and of its Jacobian-vector product; both are made of torch operations, so that
 derivatives of any order follow. Under torch.compile, which makes its own, and under vmap, the operations stand for
-themselves.
+themselves; on a GPU the step and a first derivative that is not differentiated again are a kernel each.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaopt.kernels.differentiable import fits
 from metaopt.numerics import safe_sqrt
 
 
@@ -100,7 +101,12 @@ def _denominator(i: Inputs, root: Tensor) -> Tensor:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Result:
-        return composed(Inputs(*inputs), root=torch.sqrt)
+        i = Inputs(*inputs)
+        if fits(i[:4], i[4:-1]):
+            from metaopt.kernels.gpu import differentiable, moments_step
+
+            return differentiable.forward(moments_step.forward, i, MAXIMIZE=i.maximize)
+        return composed(i, root=torch.sqrt)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -117,6 +123,11 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
         i = Inputs(*(*tensors, ctx.maximize))
+        if not torch.is_grad_enabled() and fits(i[:4], i[4:-1], cotangents):
+            from metaopt.kernels.gpu import differentiable, moments_step
+
+            kernel, as_is = moments_step.backward, i.shrink is None and i.weight_decay is None
+            return differentiable.backward(kernel, i, cotangents, ctx.needs_input_grad, as_is, MAXIMIZE=i.maximize)
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
         moved = i.step_size * to_p

@@ -4,7 +4,8 @@ r"""The step of Rprop with its derivatives by hand.
     size' = clamp(x, lo, hi)     prev' = g (0 where r < 0)     p' = p - sign(prev') size'
 
 One autograd.Function keeps g, prev and size by reference, 12 bytes a float32 element. With P, Q, S for the cotangents
-of p', prev' and size', everything but Q reaches its source through B = S - P sign(prev').
+of p', prev' and size', everything but Q reaches its source through B = S - P sign(prev'). On a GPU the step and a first
+derivative that is not differentiated again are a kernel each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from metaopt.kernels.differentiable import fits
 
 
 class Inputs(NamedTuple):
@@ -62,7 +65,12 @@ def _factor(i: Inputs, kept: Tensor, flipped: Tensor) -> Tensor:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Result:
-        return composed(Inputs(*inputs))
+        i = Inputs(*inputs)
+        if fits(i[:4], i[4:]):
+            from metaopt.kernels.gpu import differentiable, rprop_step
+
+            return differentiable.forward(rprop_step.forward, i)
+        return composed(i)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -75,8 +83,13 @@ class _Step(torch.autograd.Function):
         return torch.vmap(lambda *batched: composed(Inputs(*batched)), in_dims)(*inputs), (0, 0, 0)
 
     @staticmethod
-    def backward(ctx: Any, to_p: Any, to_prev: Any, to_size: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        to_p, to_prev, to_size = cotangents
         i = Inputs(to_p, *ctx.saved_tensors)  # the parameter itself is not read
+        if not torch.is_grad_enabled() and fits(i[1:4], i[4:], cotangents):
+            from metaopt.kernels.gpu import differentiable, rprop_step
+
+            return differentiable.backward(rprop_step.backward, i, cotangents, ctx.needs_input_grad, param_as_is=True)
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
         kept, flipped = _agreement(i)
         factor = _factor(i, kept, flipped)

@@ -1,6 +1,7 @@
 """Fused updates for runs in which nothing is differentiated: Triton on a GPU, numba on a CPU.
 
-Imported by ``metaopt.optim`` when it steps; triton and numba are imported by the first step that needs them.
+Imported by ``metaopt.optim`` when it steps; triton and numba are imported by the first step that needs them. For runs
+that are differentiated, ``metaopt.functional`` finds here the kernels of its steps and of their derivatives, on a GPU.
 """
 
 from metaopt.kernels.layout import Misfit, Prepared, Slot

@@ -1,5 +1,6 @@
 """Estimators of meta-gradients: one signature, ``backward(task, opt, hyper, generator)``."""
 
+from metaopt.metagrad.comparison import Comparison, Record, compare, measure
 from metaopt.metagrad.es import ES
 from metaopt.metagrad.estimator import Estimator
 from metaopt.metagrad.forward import Forward
@@ -9,4 +10,17 @@ from metaopt.metagrad.pes import PES
 from metaopt.metagrad.truncated_es import TruncatedES
 from metaopt.metagrad.unrolled import Unrolled
 
-__all__ = ["ES", "PES", "Estimator", "Forward", "Implicit", "Online", "TruncatedES", "Unrolled"]
+__all__ = [
+    "ES",
+    "PES",
+    "Comparison",
+    "Estimator",
+    "Forward",
+    "Implicit",
+    "Online",
+    "Record",
+    "TruncatedES",
+    "Unrolled",
+    "compare",
+    "measure",
+]

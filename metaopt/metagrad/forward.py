@@ -82,15 +82,16 @@ class Forward:
         unroll = Unroll(program, sources, task, generator, compile=self.compile)
         stretch = whole(self.objective, self.steps)
         connected = dependence(unroll, stretch)
-        total, gradient = forward(unroll, program.values, stretch)
         sources.add_zeros(connected)
-        depends = sources.gradient(leaves.tensors)
+        depends = sources.gradient(leaves.tensors)  # before the run, which can do without the graph of the sources
+        total, gradient = forward(unroll, program.values, stretch)
         learned = [value for value in program.values if value.requires_grad]  # the optimizer's own among them
         split = gradient.split([value.numel() for value in learned])
         parts = {id(value): part for value, part in zip(learned, split, strict=True)}
         leaves.add(
             [
-                None if zero is None else parts[id(leaf)].view(leaf.shape).to(leaf.dtype)
+                # What only a late step reads has a derivative, and no connection among the first steps.
+                None if zero is None and not parts[id(leaf)].any() else parts[id(leaf)].view(leaf.shape).to(leaf.dtype)
                 for leaf, zero in zip(leaves.tensors, depends, strict=True)
             ]
         )

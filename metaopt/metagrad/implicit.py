@@ -138,6 +138,10 @@ class Implicit:
     def __repr__(self) -> str:
         return f"Implicit(steps={self.steps}, solver={self.solver!r}, max_iterations={self.max_iterations})"
 
+    def reset(self) -> None:
+        """Forget where the last call ended, from which a warm start begins."""
+        self._last = None
+
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:

@@ -23,24 +23,29 @@ def check_truncation(steps: int, truncation: int | None) -> None:
         raise ValueError(f"truncation must be in 1..steps ({steps}), got truncation={truncation}")
 
 
-def windows(objective: Objective, steps: int, window: int) -> list[Stretch]:
-    """The horizon cut into windows, each with its share of the objective.
+def window_at(objective: Objective, steps: int, start: int, length: int) -> Stretch:
+    """Some steps of the horizon, with their share of the objective.
 
     Args:
         objective: ``"final"`` is ``meta_loss(params_T)``, ``"mean"`` the mean of ``meta_loss(params_t)`` over t = 1..T,
             ``"inner"`` the mean of the inner losses over t = 0..T-1.
         steps: the horizon T.
-        window: the length of a window; the last may be shorter.
+        start: the first step.
+        length: how many; less where the horizon ends before.
     """
     loss_weight = 1.0 / steps if objective == "inner" else 0.0
     everywhere = 1.0 / steps if objective == "mean" else 0.0
     at_end = 1.0 if objective == "final" else everywhere
-    return [
-        Stretch(range(start, min(start + window, steps)), loss_weight, lambda t: at_end if t == steps else everywhere)
-        for start in range(0, steps, window)
-    ]
+    return Stretch(
+        range(start, min(start + length, steps)), loss_weight, lambda t: at_end if t == steps else everywhere
+    )
+
+
+def windows(objective: Objective, steps: int, length: int) -> list[Stretch]:
+    """The horizon cut into windows of this length; the last may be shorter."""
+    return [window_at(objective, steps, start, length) for start in range(0, steps, length)]
 
 
 def whole(objective: Objective, steps: int) -> Stretch:
     """The horizon as one window."""
-    return windows(objective, steps, steps)[0]
+    return window_at(objective, steps, 0, steps)

@@ -66,6 +66,15 @@ class Online:
     def __repr__(self) -> str:
         return f"Online(steps={self.steps}, compile={self.compile})"
 
+    @property
+    def windows(self) -> int:
+        """How many calls go over the horizon."""
+        return self.steps
+
+    def reset(self) -> None:
+        """Let the next call begin a new training run."""
+        self._ongoing = None
+
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:

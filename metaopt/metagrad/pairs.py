@@ -59,6 +59,8 @@ class Pairs:
         self._at = list(self._ends)  # all are over: none has begun
         self._tasks: list[Any] = [None] * pairs
         self._params: list[Any] = [None] * pairs
+        self._starts: Any = None  # parameters and configurations of all particles
+        self._config: Tensors = ()
         self._carry: Tensors | None = None
         self._particles: Particles | None = None
 
@@ -71,6 +73,9 @@ class Pairs:
             self._tasks[index] = drawn(self._task, generator)
             self._params[index] = self._tasks[index].init(generator)
             self._at[index] = 0
+        if over:
+            self._starts = _twice(stack(self._params))
+            self._config = _twice(stack([_config(task) for task in self._tasks]))
         return over
 
     def run(self, noise: Noise, window: int, generator: Generator | None, *, go_on: bool = True) -> Tensor:
@@ -86,16 +91,14 @@ class Pairs:
             Each particle's part of the objective, shape (2 N,), in the order of `Perturbation.values`.
         """
         window = min(window, *(end - at for end, at in zip(self._ends, self._at, strict=True)))
-        params = _twice(stack(self._params))
-        device = pytree.tree_leaves(params)[0].device
+        device = pytree.tree_leaves(self._starts)[0].device
         begins = torch.tensor(self._at, device=device).repeat(2)
         steps = begins[:, None] + torch.arange(window, device=device)
-        config = _twice(stack([_config(task) for task in self._tasks]))
         if self._particles is None:
             values = self.perturbation.exact()
             program = make_program(self._tasks[0], self._opt, self._params[0], values, self._steps)
             self._particles = Particles(program, compile=self._compile)
-        inputs = self._particles.inputs(self.perturbation.values(noise), config, params, steps)
+        inputs = self._particles.inputs(self.perturbation.values(noise), self._config, self._starts, steps)
         carry = inputs.start if self._carry is None else selected(begins == 0, inputs.start, self._carry)
 
         def batches(k: int) -> Any:

@@ -5,6 +5,8 @@ estimator = metaopt.metagrad.PES(steps=1000, truncation=20, std=0.1, pairs=32)
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -81,6 +83,15 @@ class PES:
             f"PES(steps={self.steps}, truncation={self.truncation}, std={self.std}, pairs={self.pairs}, "
             f"objective={self.objective!r})"
         )
+
+    @property
+    def windows(self) -> int:
+        """How many calls go over the horizon."""
+        return math.ceil(self.steps / self.truncation)
+
+    def reset(self) -> None:
+        """Let the next call begin new unrolls."""
+        self._ongoing = None
 
     @torch.no_grad()
     def backward(

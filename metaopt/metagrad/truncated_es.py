@@ -5,6 +5,8 @@ estimator = metaopt.metagrad.TruncatedES(steps=1000, truncation=20, std=0.1, pai
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -70,6 +72,15 @@ class TruncatedES:
             f"TruncatedES(steps={self.steps}, truncation={self.truncation}, std={self.std}, pairs={self.pairs}, "
             f"objective={self.objective!r})"
         )
+
+    @property
+    def windows(self) -> int:
+        """How many calls go over the horizon."""
+        return math.ceil(self.steps / self.truncation)
+
+    def reset(self) -> None:
+        """Let the next call begin new unrolls."""
+        self._ongoing = None
 
     @torch.no_grad()
     def backward(

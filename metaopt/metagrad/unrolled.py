@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
-from metaopt.metagrad.objective import Objective, check_objective, check_truncation, whole, windows
+from metaopt.metagrad.objective import Objective, check_objective, check_truncation, whole, window_at, windows
 from metaopt.metagrad.ongoing import Ongoing, ongoing
 from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.adjoint import sweep
@@ -100,6 +100,15 @@ class Unrolled:
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"Unrolled(steps={self.steps}, objective={self.objective!r}{given})"
 
+    @property
+    def windows(self) -> int:
+        """How many calls go over the horizon."""
+        return math.ceil(self.steps / (self.truncation or self.steps)) if self.carry else 1
+
+    def reset(self) -> None:
+        """Let the next call begin a new unroll."""
+        self._ongoing = None
+
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:
@@ -125,9 +134,11 @@ class Unrolled:
             sources = Sources(program.inputs(program.values))
         unroll = Unroll(program, sources, run.task, generator, compile=self.compile)
         carry = sources.leaves.start if run.carry is None else run.carry
-        stretches = windows(self.objective, self.steps, self.truncation or self.steps)
+        length = self.truncation or self.steps
         if self.carry:
-            stretches = [stretch for stretch in stretches if stretch.steps.start == run.step]
+            stretches = [window_at(self.objective, self.steps, run.step, length)]
+        else:
+            stretches = windows(self.objective, self.steps, length)
         total: Tensor | None = None
         for stretch in stretches:
             if not stretch.has_objective:
@@ -135,12 +146,10 @@ class Unrolled:
                 continue
             carry, part = self._differentiated(unroll, carry, stretch)
             total = grown(total, part)
-        if self.compile or self.carry:
-            connected = dependence(unroll, whole(self.objective, self.steps))
-            if self.compile:  # compiled steps return 0 where a recorded graph has nothing
-                sources.keep(connected)
-            if self.carry:  # what is read in another window has no gradient in this one
-                sources.add_zeros(connected)
+        if self.compile:  # compiled steps return 0 where a recorded graph has nothing
+            sources.keep(dependence(unroll, whole(self.objective, length)))
+        if self.carry:  # what is read in another window has no gradient in this one
+            sources.add_zeros(dependence(unroll, whole(self.objective, self.steps)))
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         if self.carry:

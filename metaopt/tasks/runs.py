@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, final
 
 import torch
@@ -93,6 +93,10 @@ class Replicas(Runs):
         return stack([self.task.batch(step, generator) for _ in range(self.count)])
 
 
-def stack(trees: list[Any]) -> Any:
+def stack(trees: Sequence[Any]) -> Any:
     """Trees of one structure as one tree, with a leading dimension."""
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+    first, spec = pytree.tree_flatten(trees[0])
+    if not first:
+        return trees[0]
+    columns = zip(*(pytree.tree_leaves(tree) for tree in trees), strict=True)
+    return pytree.tree_unflatten([torch.stack(column) for column in columns], spec)

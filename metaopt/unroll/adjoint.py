@@ -39,11 +39,10 @@ def sweep(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tupl
     total: Tensor | None = None
     kept: list[tuple[Tensors, Snapshot]] = []
     with torch.no_grad():
-        table = unroll.rows(stretch.steps)
         for segment in segments:
             kept.append((carry, Snapshot(unroll.generator)))
-            for t in segment:
-                carry, loss = unroll.step(carry, unroll.batch(t), table[t], unroll.shared)
+            for t, row in unroll.rows(segment).items():
+                carry, loss = unroll.step(carry, unroll.batch(t), row, unroll.shared)
                 if stretch.loss_weight:
                     total = grown(total, stretch.loss_weight * loss)
     end, after, here = carry, carry, Snapshot(unroll.generator)
@@ -53,6 +52,7 @@ def sweep(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tupl
         drawn.restore()
         carries, batches = [], []
         with torch.no_grad():
+            table = unroll.rows(segment)
             for t in segment:
                 carries.append(carry)
                 batches.append(unroll.batch(t))

@@ -64,7 +64,7 @@ class Trusted:
         self._forms: set[Any] = set()
 
     def __call__(self, *args: Any) -> Any:
-        form = (torch.is_grad_enabled(), *_forms(args))
+        form = (torch.is_grad_enabled(), *_forms(args, {}))
         if form in self._forms:
             with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
                 return self._function(*args)
@@ -72,15 +72,16 @@ class Trusted:
         return self._function(*args)
 
 
-def _forms(args: Iterable[Any]) -> Iterator[Any]:
+def _forms(args: Iterable[Any], numbers: dict[int, int]) -> Iterator[Any]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            yield arg.shape, arg.stride(), arg.dtype, arg.requires_grad
+            # The number tells where the same tensor comes twice, which the compiler takes for granted then.
+            yield arg.shape, arg.stride(), arg.dtype, arg.requires_grad, numbers.setdefault(id(arg), len(numbers))
         elif isinstance(arg, tuple | list):
-            yield from _forms(arg)
+            yield from _forms(arg, numbers)
         else:
             leaves = pytree.tree_leaves(arg)
-            yield from leaves if len(leaves) == 1 and leaves[0] is arg else _forms(leaves)
+            yield from leaves if len(leaves) == 1 and leaves[0] is arg else _forms(leaves, numbers)
 
 
 class _Compiled:

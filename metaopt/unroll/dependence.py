@@ -35,7 +35,7 @@ def _probed(unroll: Unroll, stretch: Stretch, judged: bool, leaves: list[Tensor]
     carry = unroll.sources.leaves.start
     terms = []
     with torch.enable_grad():
-        table = unroll.rows(stretch.steps)
+        table = unroll.rows(stretch.steps[:2])
         for t in stretch.steps[:2]:  # the second step reads what the first has written
             batch = unroll.batch(t)
             if stretch.loss_weight:

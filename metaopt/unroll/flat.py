@@ -47,7 +47,7 @@ class Vector:
     def unpack(self, vector: Tensor) -> Any:
         """The tree of a vector, in views; leading dimensions stay in front."""
         parts = vector.split(self.sizes, dim=-1)
-        leaves = [part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        leaves = [part.view(part.shape[:-1] + shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self._spec)
 
     def spread(self, coefficient: Tensor) -> Tensor:
@@ -78,6 +78,7 @@ class FlatProgram:
         steps: the horizon.
     """
 
+    @torch.no_grad()  # what it holds is no part of a graph: `inputs` makes that
     def __init__(self, task: Task, opt: Elementwise[Any], params: Any, values: Mapping[str, Any], steps: int) -> None:
         self._opt, self._steps = opt, steps
         self.second_order = opt.differentiates_gradients

@@ -26,6 +26,7 @@ class GeneralProgram:
         steps: the horizon.
     """
 
+    @torch.no_grad()  # what it holds is no part of a graph: `inputs` makes that
     def __init__(self, task: Task, opt: Optimizer, params: Any, values: Mapping[str, Any], steps: int) -> None:
         self._step = InnerStep(task, opt)
         self._steps, self._every_step = steps, torch.arange(steps)
@@ -60,7 +61,13 @@ class GeneralProgram:
         joined: Carry = self._carry.join(carry)
         gradient = pytree.tree_unflatten(list(grads), pytree.tree_structure(joined.params))
         after = self._step.update(joined, gradient, self._mine(self._shared.values(shared), row))
-        return Split(after).tensors
+        split = Split(after)
+        if self._carry.differs(split):  # a count in a Python number would stand still
+            raise TypeError(
+                f"the state of {type(self._opt).__name__} cannot be unrolled: a step may change its tensors, "
+                "not a Python number in it, nor add a tensor that `init` left out"
+            )
+        return split.tensors
 
     def loss(self, carry: Tensors, batch: Any, shared: Tensors) -> Tensor:
         return self._shared.task(shared).loss(self.params(carry), batch, self._shared.values(shared))

@@ -52,6 +52,10 @@ class Split:
             leaves[index] = tensor
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def differs(self, other: Split) -> bool:
+        """Whether another tree has other constants, or tensors in other places."""
+        return self._constants != other._constants or self._where != other._where
+
 
 class Shared:
     """What every step reads, as tensors: the hyperparameters' values, and the configuration of the tasks, if any.
@@ -179,10 +183,10 @@ class Sources:
                 self._sums[id(leaf)] = grad if total is None else total + grad
 
     def keep(self, connected: Sequence[bool]) -> None:
-        """Drop the gradients, all 0, of those of the `differentiable` leaves that nothing depends on."""
+        """Drop the gradients that are all 0 of those of the `differentiable` leaves that are not connected."""
         for leaf, yes in zip(self.differentiable, connected, strict=True):
-            if not yes:
-                self._sums.pop(id(leaf), None)
+            if not yes and id(leaf) in self._sums and not self._sums[id(leaf)].any():
+                del self._sums[id(leaf)]
 
     def add_zeros(self, connected: Sequence[bool]) -> None:
         """Let those of the `differentiable` leaves that something depends on have a gradient, if only 0."""
@@ -211,11 +215,16 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def rows(per_step: Tensors) -> list[Tensors]:
-    """The row of each step; in the graph of ``per_step``, which is left in one piece."""
+def rows(per_step: Tensors, steps: range) -> list[Tensors]:
+    """The row of each of some steps; in the graph of ``per_step``, which is left in one piece."""
     if not per_step:
-        return []
-    return list(zip(*(tensor.unbind() for tensor in per_step), strict=True))
+        return [()] * len(steps)
+    return list(zip(*(tensor[steps.start : steps.stop].unbind() for tensor in per_step), strict=True))
+
+
+def blocks(steps: range, length: int = 100) -> list[range]:
+    """Some steps in a row at a time: a row takes far more memory as tensors than as numbers of a table."""
+    return [steps[start : start + length] for start in range(0, len(steps), length)]
 
 
 def floating(tensors: Sequence[Tensor]) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from metaopt.tasks import Task
 from metaopt.unroll.compiled import Trusted, compiled
-from metaopt.unroll.program import Program, Sources, Tensors, inner_step, rows
+from metaopt.unroll.program import Program, Sources, Tensors, blocks, inner_step, rows
 
 
 class Stretch(NamedTuple):
@@ -70,10 +70,7 @@ class Unroll:
 
     def rows(self, steps: range) -> dict[int, Tensors]:
         """The rows of some steps, by their numbers; in the graph of the sources where one is recorded."""
-        per_step = self.sources.leaves.per_step
-        if not per_step:
-            return dict.fromkeys(steps, ())
-        return dict(zip(steps, rows(tuple(leaf[steps.start : steps.stop] for leaf in per_step)), strict=True))
+        return dict(zip(steps, rows(self.sources.leaves.per_step, steps), strict=True))
 
     def batch(self, t: int) -> Any:
         return self.task.batch(t, self.generator)
@@ -81,9 +78,9 @@ class Unroll:
     @torch.no_grad()
     def skip(self, carry: Tensors, steps: range) -> Tensors:
         """Steps that are not differentiated."""
-        table = self.rows(steps)
-        for t in steps:
-            carry, _ = self.step(carry, self.batch(t), table[t], self.shared)
+        for block in blocks(steps):
+            for t, row in self.rows(block).items():
+                carry, _ = self.step(carry, self.batch(t), row, self.shared)
         return carry
 
 

@@ -8,14 +8,14 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaopt.unroll.program import Inputs, Program, Tensors, chosen, floating, inner_step, merged, rows
+from metaopt.unroll.program import Inputs, Program, Tensors, blocks, chosen, floating, inner_step, merged, rows
 from metaopt.unroll.stretch import Stretch, Unroll, grown
 
 TangentStep = Callable[..., tuple[Tensors, Tensors, Tensor, Tensor]]
@@ -54,21 +54,12 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
         step = unroll.maybe_compiled(f"tangents {count}", tangent_step(program, count))
         judged = bool(stretch.loss_weight)
         carry, carry_dot = inputs.start, dots.start
-        table, table_dot = rows(inputs.per_step), _rows_of_tangents(dots.per_step)
         total: Tensor | None = None
         gradient: Tensor | None = None
-        for t in stretch.steps:
+        for t, row, row_dot in _rows(inputs.per_step, dots.per_step, stretch.steps):
             batch = unroll.batch(t)
             before, before_dot = carry, carry_dot
-            carry, carry_dot, loss, loss_dot = step(
-                carry,
-                carry_dot,
-                batch,
-                table[t] if table else (),
-                table_dot[t] if table_dot else (),
-                inputs.shared,
-                dots.shared,
-            )
+            carry, carry_dot, loss, loss_dot = step(carry, carry_dot, batch, row, row_dot, inputs.shared, dots.shared)
             if judged:
                 if not program.second_order:
                     loss, loss_dot = _along(partial(_loss, program, batch), before, before_dot, inputs, dots)
@@ -152,14 +143,16 @@ def _along(
     if not value.requires_grad:
         return value, torch.zeros(len((*carry_dot, *dots.shared)[0]), dtype=torch.float64, device=value.device)
     grads = torch.autograd.grad(value, ends, allow_unused=True)
-    products = [
-        (dot.reshape(len(dot), -1).to(grad.dtype) @ grad.conj().flatten()).real.to(torch.float64)
-        for grad, dot in zip(grads, (*carry_dot, *dots.shared), strict=True)
-        if grad is not None
-    ]
-    return value.detach(), torch.stack(products).sum(0)
+    slope = torch.zeros(len((*carry_dot, *dots.shared)[0]), dtype=torch.float64, device=value.device)
+    for grad, dot in zip(grads, (*carry_dot, *dots.shared), strict=True):
+        if grad is not None:
+            slope += (dot.reshape(len(dot), -1).to(grad.dtype) @ grad.conj().flatten()).real
+    return value.detach(), slope
 
 
-def _rows_of_tangents(tangents: Tensors) -> list[Tensors]:
-    """Tangents of shape (K, T, ...) as one tuple of (K, ...) per step, whose strides do not tell T."""
-    return rows(tuple(tangent.transpose(0, 1).contiguous() for tangent in tangents))
+def _rows(per_step: Tensors, tangents: Tensors, steps: range) -> Iterator[tuple[int, Tensors, Tensors]]:
+    """The number of each step, its row, and of the tangents, of shape (K, T, ...), those of its row."""
+    for block in blocks(steps):
+        # In this order strides do not tell T, for which the compiler would compile again.
+        dots = tuple(tangent[:, block.start : block.stop].transpose(0, 1).contiguous() for tangent in tangents)
+        yield from zip(block, rows(per_step, block), rows(dots, range(len(block))), strict=True)

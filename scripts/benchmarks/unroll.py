@@ -10,7 +10,6 @@ the one that metaopt records in float64: in float64 itself, where a right one ag
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import importlib.util
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import metaopt
-from metaopt import functional
+from metaopt import functional, memory
 from metaopt.metagrad import Forward, Unrolled
 from metaopt.tasks.classification import Split, Splits
 
@@ -254,55 +253,6 @@ def _one_line(error: BaseException) -> str:
 # Memory.
 
 
-class Allocations:
-    """The most bytes of tensors alive at once, of those that a call allocates: what torch's allocator reports.
-
-    It counts whatever torch allocates (saved for backward, temporaries within an operation, buffers of compiled code),
-    and sees nothing of Python's objects and of the graph's nodes.
-    """
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        from torch._C._profiler import RecordScope, _ExperimentalConfig
-        from torch.autograd import (
-            ProfilerActivity,
-            ProfilerConfig,
-            ProfilerState,
-            _disable_profiler,
-            _enable_profiler,
-            _prepare_profiler,
-        )
-
-        # The profiler, asked for memory alone: no operation has the scope that it is given.
-        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
-        gc.collect()
-        with _silent():
-            _prepare_profiler(config, {ProfilerActivity.CPU})
-            _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.LITE_INTERPRETER})
-            try:
-                call()
-            finally:
-                events = _disable_profiler().events()
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        live = self.peak = 0
-        for _, size in changes:
-            live += size
-            self.peak = max(self.peak, live)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """The profiler writes lines of its own to stderr."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
 def _probe(contender: str, algorithm: str, steps: int) -> None:
     """In a fresh process: what a run adds to the resident memory at its peak, as one line of JSON."""
     task = digits(quick=True).task
@@ -403,7 +353,7 @@ class Bench:
 
         def peak(horizon: int) -> int:
             if (name, horizon) not in peaks:
-                peaks[name, horizon] = Allocations(lambda: RUNS[name](work.task, algorithm, horizon)).peak
+                peaks[name, horizon] = memory.peak(lambda: RUNS[name](work.task, algorithm, horizon))
             return peaks[name, horizon]
 
         shorter = max((t for t in work.horizons if t < steps), default=max(1, steps // 4))

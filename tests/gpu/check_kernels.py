@@ -1,4 +1,4 @@
-"""Checks of the fused updates on a GPU, by torch and triton alone: ``python tests/gpu/check_kernels.py``.
+"""Checks of the kernels on a GPU, by torch and triton alone: ``python tests/gpu/check_kernels.py``.
 
 Prints a line for each check, and exits with 1 if one fails. ``--device cpu`` with ``TRITON_INTERPRET=1`` in the
 environment runs in Triton's interpreter what needs no GPU, on small sizes. ``test_gpu.py`` runs the same by pytest.
@@ -7,7 +7,6 @@ environment runs in Triton's interpreter what needs no GPU, on small sizes. ``te
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import os
@@ -26,6 +25,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where metaopt is not installed
 
 from metaopt import optim
+from tests.gpu import check_steps
+from tests.gpu.waiting import refusing_to_wait
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PAIRS: dict[str, tuple[Any, Any]] = {
@@ -357,19 +358,6 @@ def state_dicts(algorithm: str) -> Callable[[Place], None]:
     return run
 
 
-@contextlib.contextmanager
-def refusing_to_wait() -> Iterator[None]:
-    """Any wait of the host for the GPU raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def never_waits(algorithm: str) -> Callable[[Place], None]:
     """That a step after the first makes the host wait for nothing: same gradients, new ones, scaled ones."""
 
@@ -603,6 +591,8 @@ def all_checks() -> Iterator[Check]:
         yield Check(f"{algorithm}, the host waits for nothing", never_waits(algorithm), needs_gpu=True)
         yield Check(f"{algorithm}, CUDA graph of a step", graph_of_a_step(algorithm), needs_gpu=True)
         yield Check(f"{algorithm}, CUDA graph of training", graph_of_training(algorithm), needs_gpu=True)
+    for name, run, needs_gpu in check_steps.checks():
+        yield Check(name, run, needs_gpu)
 
 
 def place_on(device: str) -> Place:

@@ -18,7 +18,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metaopt.kernels.gpu import launch, radam, rprop
+from metaopt.functional import moments_step as moments_maths
+from metaopt.functional import rprop_step as rprop_maths
+from metaopt.kernels.gpu import differentiable, launch, moments_step, radam, rprop, rprop_step
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="nothing is compiled with TRITON_INTERPRET=1")
 
@@ -36,14 +38,18 @@ class Compiled(NamedTuple):
     text: str
 
 
-def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], folder: Path) -> Compiled:
+def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], folder: Path) -> Compiled:
+    """A kernel for types of arguments, tuples among them, and for the values of all others."""
     names = kernel.arg_names
     signature = {name: arguments.get(name, "constexpr") for name in names}
+    flat: dict[tuple[int, ...], str] = {}
+    for i, kind in enumerate(signature.values()):
+        flat |= {(i, j): one for j, one in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(names.index(name),): constants.get(name) for name in names if name not in arguments},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+        constexprs={path: constants.get(names[path[0]]) for path, kind in flat.items() if kind == "constexpr"},
+        attrs={path: [["tt.divisibility", 16]] for path, kind in flat.items() if kind.startswith("*")},
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.WARPS})
     binary = folder / "kernel.cubin"
@@ -153,3 +159,73 @@ def test_numbers_reach_the_kernels_in_double_precision(kernel: Any) -> None:
     """Triton makes a Python float a float32 unless told otherwise, and 1 - beta2 would lose four digits."""
     wanted = NUMBERS.get(kernel, ["beta1", "beta2"])
     assert [p.name for p in kernel.params if p.annotation_type == "fp64"] == wanted
+
+
+STEPS: dict[str, tuple[Any, Any]] = {
+    "radam": (moments_step, moments_maths),
+    "adamw": (moments_step, moments_maths),
+    "rprop": (rprop_step, rprop_maths),
+}
+LEFT_OUT: dict[str, set[str]] = {
+    "radam": {"root_correction", "weight_decay", "shrink", "maximize"},
+    "adamw": {"weight_decay", "rectified", "maximize"},
+    "rprop": set(),
+}
+
+
+def differentiable_step(
+    name: str, folder: Path, dtype: str, *, back: bool, wanted: set[str] | None = None, each: bool = False
+) -> Compiled:
+    """A kernel of a differentiable step; backward with the gradients of the fields in ``wanted``, or of all."""
+    module, maths = STEPS[name]
+    fields = maths.Inputs._fields
+    kinds = {field: "*u1" if field == "rectified" else f"*{dtype}" for field in fields}
+    kinds |= dict.fromkeys(LEFT_OUT[name], "constexpr")
+    wanted = set(fields) if wanted is None else wanted
+    to = {field: kind if field in wanted - {"rectified"} else "constexpr" for field, kind in kinds.items()}
+    three = (f"*{dtype}",) * 3
+    arguments: dict[str, Any] = {"i": maths.Inputs(**kinds), "count": "i32"}
+    arguments |= {"cotangents": three, "to": maths.Inputs(**to)} if back else {"new": three}
+    constants = {"MAXIMIZE": False, "EACH": each, "BLOCK": differentiable.BLOCK}
+    return compiled(module.backward if back else module.forward, arguments, constants, folder)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("name", "back", "wide", "registers"),
+    [
+        ("radam", False, 7, 40),  # 4 tensors loaded, 3 stored, 16 bytes of each in a thread
+        ("adamw", False, 7, 40),
+        ("rprop", False, 7, 40),
+        ("radam", True, 10, 88),  # without decay the parameter is not read
+        ("adamw", True, 11, 88),
+        ("rprop", True, 9, 64),
+    ],
+)
+def test_a_differentiable_step_moves_128_bits_at_once_without_spills(
+    name: str, back: bool, wide: int, registers: int, dtype: str, tmp_path: Path
+) -> None:
+    made = differentiable_step(name, tmp_path, dtype, back=back)
+    double = 2 if dtype == "fp64" else 1
+    assert sum(".128" in op for op in made.loads + made.stores) == double * wide
+    assert made.spilled == 0
+    assert made.registers <= double * registers
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_derivative_in_the_tensors_alone_sums_nothing(name: str, tmp_path: Path) -> None:
+    tensors = set(STEPS[name][1].Inputs._fields[:4])
+    made = differentiable_step(name, tmp_path, "fp32", back=True, wanted=tensors)
+    assert made.shared == 0
+    assert "BAR" not in made.text
+    assert "SHFL" not in made.text
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("back", [False, True])
+def test_coefficients_of_each_element_are_read_as_widely(name: str, back: bool, tmp_path: Path) -> None:
+    made = differentiable_step(name, tmp_path, "fp32", back=back, each=True)
+    plain = differentiable_step(name, tmp_path, "fp32", back=back)
+    count = len(set(STEPS[name][1].Inputs._fields[4:]) - LEFT_OUT[name] - {"rectified"})
+    assert sum(".128" in op for op in made.loads) == sum(".128" in op for op in plain.loads) + count
+    assert made.spilled == 0

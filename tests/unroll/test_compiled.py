@@ -20,7 +20,7 @@ from metaopt.metagrad import Estimator, Forward, Unrolled
 from metaopt.tasks import NoisyQuadratic, Replicas
 from metaopt.unroll import compiled
 from tests.metagrad.reference import STARTS, Regression, seeded
-from tests.unroll.test_modes import CASES, IGNORED, NORMALIZED, Raw, assert_close, f64, measured
+from tests.unroll.test_modes import CASES, IGNORED, NORMALIZED, Raw, assert_close, assert_refused, f64, measured
 
 F64 = torch.float64
 STEPS = 8  # RAdam rectifies from the sixth on
@@ -335,3 +335,26 @@ def test_without_a_compiler_it_warns_once_and_gives_the_right_numbers(mode: str,
     messages = [str(warning.message) for warning in caught if warning.category is not DeprecationWarning]
     assert len([m for m in messages if "compile=True has no effect" in m]) == 1, messages
     assert len(messages) == 1, messages
+
+
+@each_mode
+def test_a_batch_may_hold_a_tensor_twice_at_some_steps_only(mode: str, traced: None) -> None:
+    class Denoising(Regression):
+        def batch(self, step: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+            x, noisy = torch.randn(2, 6, 3, generator=generator, dtype=F64)
+            return x, x if step % 2 else x + 0.1 * noisy
+
+        def loss(self, params: Mapping[str, Tensor], batch: Any, hyper: Mapping[str, Any]) -> Tensor:
+            return self.error(params, batch[0], batch[1].sum(1))
+
+    hyper, want = Raw({"lr": f64(0.1)}), Raw({"lr": f64(0.1)})
+    opt, task = sgd(), Denoising()
+    MODES[mode](STEPS, "mean").backward(task, opt, hyper, seeded())
+    Unrolled(STEPS, "mean").backward(task, opt, want, seeded())
+    assert hyper.flat[0].grad.item() == pytest.approx(want.flat[0].grad.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("segments", [None, 1])
+def test_a_learning_rate_that_comes_after_every_windows_only_loss_is_named(segments: Any, traced: None) -> None:
+    estimator = Unrolled(STEPS, "inner", 1, segments, compile=True)
+    assert_refused(estimator, Regression(), sgd(), Raw({"lr": f64(0.1)}), "'lr'")

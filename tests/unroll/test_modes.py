@@ -145,6 +145,17 @@ class Halves(Regression):
         return Regression.error({**params, "out.weight": params["out.weight"].double()}, x, y)
 
 
+class Shifted(Regression):
+    """One of its parameters is a single number, without a dimension."""
+
+    def init(self, generator: Generator | None) -> dict[str, Tensor]:
+        return {**super().init(generator), "shift": torch.randn((), generator=generator, dtype=F64)}
+
+    @staticmethod
+    def error(params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return Regression.error(params, x, y - params["shift"])
+
+
 class NormalizedDescent:
     """p <- p - lr g / (norm of g, averaged with a decay, of the whole tensor): not elementwise."""
 
@@ -244,6 +255,8 @@ CASES: dict[str, Case] = {
     "dead coordinates, rprop": Case(lambda: learn_all("rprop"), Dead()),
     "complex, radam": Case(lambda: learn_all("radam"), Phases(), program=GeneralProgram),
     "complex, rprop": Case(lambda: learn_all("rprop"), Phases(), program=GeneralProgram),
+    "a number among the parameters, radam": Case(lambda: learn_all("radam"), Shifted()),
+    "replicas, a number among the parameters": Case(lambda: learn_all("radam"), Replicas(Shifted(), COUNT)),
     "two precisions, adam": Case(lambda: learn_all("adam"), Halves(), program=GeneralProgram, accuracy=1e-4),
     "not elementwise": Case(learn(NORMALIZED, **NORMALIZED_STARTS), program=GeneralProgram),
     "not elementwise, per step": Case(
@@ -551,6 +564,55 @@ def test_values_of_integers_and_flags_are_handed_to_the_task(mode: str) -> None:
     assert hyper.lr.grad.item() == pytest.approx(want.lr.grad.item(), rel=1e-9)
 
 
+class FromTheThirdOn(Regression):
+    """The first batches say that there is no penalty yet."""
+
+    def batch(self, step: int, generator: Generator | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        batch = super().batch(step, generator)
+        return batch if step < 3 else (*batch, f64(1.5))
+
+    def loss(self, params: Mapping[str, Tensor], batch: Any, hyper: Mapping[str, Any]) -> Tensor:
+        late = batch[2] * hyper["penalty"] * self.norm(params) if len(batch) == 3 else 0.0
+        return self.error(params, *batch[:2]) + late
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_value_that_only_a_late_step_reads_is_learned(objective: str, mode: str) -> None:
+    opt, task, want = sgd(), FromTheThirdOn(), Raw({"lr": f64(0.1), "penalty": f64(0.02)})
+    hyper = Raw({"lr": f64(0.1), "penalty": f64(0.02)})
+    MODES[mode](STEPS, objective).backward(task, opt, hyper, seeded())
+    by_hand(opt, task, want(), STEPS, objective, None, seeded()).backward()
+    for p, q in zip(hyper.parameters(), want.parameters(), strict=True):
+        assert p.grad.item() == pytest.approx(q.grad.item(), rel=1e-9)
+
+
+class Counting(NormalizedDescent):
+    """Its state holds the number of the step, in Python's terms."""
+
+    def init(self, params: dict[str, Tensor], **hyper: Any) -> Any:
+        return 0, super().init(params, **hyper)[1]
+
+
+class Lazy(NormalizedDescent):
+    """Its state is made by the first step."""
+
+    def init(self, params: dict[str, Tensor], **hyper: Any) -> Any:
+        return torch.zeros(()), {}
+
+    def step(self, params: dict[str, Tensor], grads: dict[str, Tensor], state: Any, **hyper: Any) -> Any:
+        norms = state[1] or {name: p.norm() for name, p in params.items()}
+        return super().step(params, grads, (state[0], norms), **hyper)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [Counting, Lazy])
+def test_a_state_that_changes_in_more_than_its_tensors_is_refused(kind: type[NormalizedDescent], mode: str) -> None:
+    """Or the count would stand still, and the gradient be that of another unroll."""
+    with pytest.raises(TypeError, match=f"the state of {kind.__name__} cannot be unrolled"):
+        MODES[mode](STEPS, "final").backward(TASK, kind(), Raw({"lr": f64(0.1)}), seeded())
+
+
 # What does not matter is an error, in every mode
 
 
@@ -607,6 +669,15 @@ def test_a_meta_loss_without_any_derivative_names_what_was_to_be_learned(mode: s
             return (super().meta_loss(params, hyper) > 0.5).double()
 
     assert_refused(MODES[mode](STEPS, "final"), Accuracy(), sgd(), Raw({"lr": f64(0.1)}), "'lr'")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_meta_loss_of_something_else_names_what_was_to_be_learned(mode: str) -> None:
+    class Elsewhere(Regression):
+        def meta_loss(self, params: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Tensor:
+            return f64(2.0).requires_grad_() ** 2
+
+    assert_refused(MODES[mode](STEPS, "final"), Elsewhere(), sgd(), Raw({"lr": f64(0.1)}), "'lr'")
 
 
 @pytest.mark.parametrize("mode", MODES)

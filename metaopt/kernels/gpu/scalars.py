@@ -1,4 +1,4 @@
-"""What the kernels share: scalar maths in float64, and addresses read from the table."""
+"""What the kernels share: scalar maths in float64, addresses read from the table, and a block's way in and out."""
 
 import triton
 import triton.language as tl
@@ -75,3 +75,46 @@ def root(x):
         return tl.sqrt_rn(x)
     else:
         return tl.sqrt(x)
+
+
+@triton.jit
+def read(pointer, offset, live):
+    """A block of a tensor; ``live`` is None for a whole one."""
+    if live is None:
+        return tl.load(pointer + offset)
+    else:
+        return tl.load(pointer + offset, mask=live, other=0)
+
+
+@triton.jit
+def write(pointer, x, offset, live):
+    """Store a block; nothing where ``pointer`` is None."""
+    if pointer is not None:
+        tl.store(pointer + offset, x, mask=live)
+
+
+@triton.jit
+def coefficient(pointer, like, offset, live, EACH: tl.constexpr):
+    """A coefficient in the dtype of a block: a value for each of its elements, or one for all."""
+    return chosen(pointer, offset, live, EACH).to(like.dtype)
+
+
+@triton.jit
+def chosen(pointer, offset, live, EACH: tl.constexpr):
+    """A coefficient as it is, a flag for one."""
+    if EACH:
+        return read(pointer, offset, live)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def collect(pointer, gradient, offset, live, EACH: tl.constexpr):
+    """Store a coefficient's gradient: of each element, or their sum over the block; nothing if ``pointer`` is None."""
+    if pointer is not None:
+        if EACH:
+            write(pointer, gradient, offset, live)
+        else:
+            if live is not None:
+                gradient = tl.where(live, gradient, 0.0)
+            tl.store(pointer + tl.program_id(0), tl.sum(gradient))

@@ -1,0 +1,153 @@
+"""The 2-d toy regression of PES: a learning-rate schedule whose good values only a long view finds.
+
+    f(x) = sqrt(x0^2 + 5) - sqrt(5) + sin(x1)^2 exp(-5 x0^2) + |x1 - 100| / 4,     x from (1, 1)
+    lr_t = exp(th0) (T - t) / T + exp(th1) t / T
+
+Windows of 10 of the 100 steps see the small hill that sin^2 makes where x0 is 0, and not what lies behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Generator, Tensor, nn
+
+import metaopt
+from experiments.parts.study import Finding, Study, save_figure
+from metaopt.metagrad import PES, Estimator, TruncatedES, Unrolled
+from metaopt.tasks.task import Values
+
+STEPS, WINDOW = 100, 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """The 2-d toy problem by PES, truncated ES and truncated backpropagation."""
+
+    iterations: int = 4500
+    """Meta-steps, of one window each."""
+    particles: int = 128
+    """Of PES and ES, antithetic pairs of two."""
+    std: float = 0.2
+    meta_lr: float = 1e-3
+    """Of Adam."""
+    seed: int = 0
+    quick: bool = False
+    """100 iterations."""
+    out: Path = Path("runs/papers")
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.particles < 2 or self.particles % 2:
+            raise ValueError(
+                "iterations must be >= 1 and particles even, "
+                f"got iterations={self.iterations} and particles={self.particles}"
+            )
+
+
+class Toy:
+    """The function, without noise."""
+
+    def init(self, generator: Generator | None) -> Tensor:
+        return torch.ones(2)
+
+    def batch(self, step: int, generator: Generator | None) -> tuple[()]:
+        return ()
+
+    def loss(self, params: Tensor, batch: tuple[()], hyper: Values) -> Tensor:
+        return self.meta_loss(params, hyper)
+
+    def meta_loss(self, params: Tensor, hyper: Values) -> Tensor:
+        x0, x1 = params.unbind()
+        hill = torch.sin(x1) ** 2 * torch.exp(-5.0 * x0**2)
+        value: Tensor = hill + torch.sqrt(x0**2 + 5.0) - math.sqrt(5.0) + 0.25 * torch.abs(x1 - 100.0)
+        return value
+
+
+class LinearInTime(nn.Module):
+    """The schedule between two learned learning rates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends = nn.Parameter(torch.zeros(2))
+
+    def forward(self) -> dict[str, metaopt.Schedule]:
+        first, last = self.ends.exp().unbind()
+        share = torch.arange(STEPS) / STEPS
+        return {"lr": metaopt.Schedule.of(first * (1.0 - share) + last * share)}
+
+
+@torch.no_grad()
+def total(hyper: LinearInTime) -> float:
+    """The sum of the losses after each step of training."""
+    task, opt, lr = Toy(), metaopt.functional.sgd(), hyper()["lr"]
+    params = task.init(None)
+    state = opt.init(params)
+    losses = 0.0
+    for t in range(STEPS):
+        grads = torch.func.grad(task.meta_loss)(params, {})
+        params, state = opt.step(params, grads, state, lr=lr(t))
+        losses += task.meta_loss(params, {}).item()
+    return losses
+
+
+def estimator(name: str, config: Config) -> Estimator:
+    pairs = config.particles // 2
+    if name == "PES":
+        return PES(STEPS, WINDOW, config.std, pairs, compile=True)
+    if name == "ES":
+        return TruncatedES(STEPS, WINDOW, config.std, pairs, compile=True)
+    return Unrolled(STEPS, "mean", truncation=WINDOW, carry=True)
+
+
+def learn(config: Config, name: str, every: int = 50) -> list[tuple[int, float]]:
+    """The total loss of training after some of the meta-steps."""
+    hyper, path = LinearInTime(), []
+    path.append((0, total(hyper)))
+    meta_optimizer = torch.optim.Adam(hyper.parameters(), lr=config.meta_lr)
+    estimate, generator = estimator(name, config), torch.Generator().manual_seed(config.seed)
+    for done in range(0, config.iterations, every):
+        steps = min(every, config.iterations - done)
+        metaopt.meta_train(TASK, OPT, hyper, estimate, meta_optimizer, steps=steps, generator=generator, progress=False)
+        path.append((done + steps, total(hyper)))
+    return path
+
+
+TASK, OPT = Toy(), metaopt.functional.sgd()
+
+
+def run(config: Config) -> list[Finding]:
+    """Learn the schedule by each estimator."""
+    if config.quick:
+        config = replace(config, iterations=100)
+    paths = {name: learn(config, name) for name in ("TBPTT", "ES", "PES")}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for name, path in paths.items():
+            axes.plot(*zip(*path, strict=True), label=name)
+        axes.set(xlabel="meta-step", ylabel="sum of the losses", title="2-d toy problem of PES")
+        axes.legend()
+
+    save_figure(config.out / "pes_toy.svg", draw, (5, 3.2))
+    start = f"{paths['PES'][0][1]:.1f}"
+    ends = {name: path[-1][1] for name, path in paths.items()}
+    after = f"at {config.iterations} iterations"
+    return [
+        Finding(
+            f"sum of the losses {after}, PES", "2423.5 -> 602.4", f"{start} -> {ends['PES']:.1f}", ends["PES"] < 610
+        ),
+        *(
+            Finding(f"the same, {name} in windows of 10", "stays", f"{start} -> {ends[name]:.1f}", ends[name] > 2000)
+            for name in ("TBPTT", "ES")
+        ),
+    ]
+
+
+STUDY = Study("pes_toy", "2-d toy problem of PES", "Vicol et al., ICML 2021", run, Config)
+
+if __name__ == "__main__":
+    STUDY.command_line()
