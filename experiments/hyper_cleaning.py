@@ -1,7 +1,7 @@
 """Data hyper-cleaning: half of the training labels are wrong, and a weight for each example learns which.
 
     python -m experiments.hyper_cleaning                  # digits, by two estimators: about a minute
-    python -m experiments.hyper_cleaning --data FOLDER    # a folder of IDX files: MNIST, Fashion-MNIST
+    python -m experiments.hyper_cleaning --data FOLDER    # IDX files, MNIST or Fashion-MNIST: a quarter of an hour
 
 The inner problem is softmax regression on the weighted training examples, the outer one the loss on clean validation
 examples. A weight below one half, where all of them start, flags its label as wrong. Three trainings are tested: on all
