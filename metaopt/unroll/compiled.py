@@ -69,7 +69,11 @@ class Trusted:
             with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
                 return self._function(*args)
         self._forms.add(form)
-        return self._function(*args)
+        with warnings.catch_warnings():
+            # The compiler looks at .grad of every tensor that it meets, and loads modules that torch has deprecated.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+            return self._function(*args)
 
 
 def _forms(args: Iterable[Any], numbers: dict[int, int]) -> Iterator[Any]:

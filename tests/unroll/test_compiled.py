@@ -33,12 +33,6 @@ MODES: dict[str, Callable[..., Estimator]] = {
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
 
-# Dynamo looks at .grad of every tensor that it meets, and inductor imports scripted modules.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
-
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
