@@ -8,6 +8,7 @@ from pathlib import Path
 
 COMMANDS = {
     "step": "one optimizer step: torch's, compiled, and fused, against the memory's bandwidth",
+    "tasks": "a meta-gradient of many tasks: vmapped, against a Python loop over them",
     "unroll": "d meta-loss / d lr through training: ours and its peers, against plain training",
 }
 
