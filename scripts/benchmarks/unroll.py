@@ -441,6 +441,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
 
 def plot(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Time and memory against the horizon, of the first optimizer that was measured on several horizons."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -486,7 +487,8 @@ def plot(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.suptitle(f"d meta-loss / d lr through T steps of {algorithm} (digits, MLP 64-128-128-10)", fontsize=12)
     file = Path(path).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file)
     print(f"Figure: {file}")
 
 
