@@ -12,12 +12,12 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_is_an_example_for_each_way_in():
-    assert len(EXAMPLES) == 3
-    for name, example in zip(("metaopt.functional", "metaopt.optim", "metaopt.inner_loop"), EXAMPLES, strict=True):
+    ways = ("metaopt.functional", "metaopt.optim", "metaopt.inner_loop", "compare")
+    for name, example in zip(ways, EXAMPLES, strict=True):
         assert name in example
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
 def test_example_runs(index, capsys):
     torch.manual_seed(0)
     exec(compile(textwrap.dedent(EXAMPLES[index]), f"README example {index}", "exec"), {})
