@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
+from metaopt.checks import check_count
 from metaopt.functional import Optimizer
 from metaopt.hyper import Hyperparameters
 from metaopt.metagrad import Estimator
@@ -30,7 +31,8 @@ class MetaTrainResult:
     """What a meta-training run did.
 
     Attributes:
-        losses: the meta-loss at each meta-step, measured with the hyperparameters before it.
+        losses: the meta-loss at each meta-step, measured with the hyperparameters before it; where the estimator goes
+            over one window a call, the window's part of it (0 if the objective is elsewhere).
         history: for each meta-step the record that trackers get: ``meta_loss``, ``grad_norm`` (of the meta-gradient, in
             unconstrained coordinates), ``seconds`` and, for `metaopt.Hyperparameters`, ``hyper``: its numbers.
     """
@@ -88,8 +90,7 @@ def meta_train(
         >>> hyper.numbers()["lr"] > 0.1
         True
     """
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got steps={steps}")
+    check_count("steps", steps)
     if checkpoint is not None:
         raise ValueError(f"checkpoint={checkpoint!r} is not available in this version; use checkpoint=None")
     held = {id(p) for group in meta_optimizer.param_groups for p in group["params"]}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from metaopt.checks import check_count
 from metaopt.functional import Optimizer
 from metaopt.memory import peak
 from metaopt.metagrad.estimator import Estimator
@@ -51,7 +52,8 @@ class Record:
     @property
     def variance(self) -> Tensor:
         """Of a single estimate, shape (D,); NaN for one sample."""
-        return self.gradients.var(0)
+        mean = self.mean  # without the warning of Tensor.var at one sample
+        return (self.gradients - mean).square().sum(0) / (len(self.gradients) - 1 or float("nan"))
 
     @property
     def standard_error(self) -> Tensor:
@@ -88,11 +90,10 @@ def measure(
         >>> record.gradients.shape, hyper.lr.grad
         (torch.Size([3, 1]), None)
     """
-    if samples < 1:
-        raise ValueError(f"samples must be >= 1, got samples={samples}")
+    check_count("samples", samples)
     estimator = _afresh(estimator)
     parameters = [p for p in hyper.parameters() if p.requires_grad]
-    kept = [p.grad for p in parameters]
+    kept = [(p, p.grad) for p in hyper.parameters()]
     losses: list[float] = []
     gradients: list[Tensor] = []
     seconds: list[float] = []
@@ -112,7 +113,7 @@ def measure(
             flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             gradients.append(torch.cat([grad.flatten().to(torch.float64).cpu() for grad in flat]))
     finally:
-        for p, grad in zip(parameters, kept, strict=True):
+        for p, grad in kept:
             p.grad = grad
     return Record(torch.stack(gradients), torch.tensor(losses, dtype=torch.float64), median(seconds), size)
 
@@ -124,7 +125,7 @@ class Comparison:
     Attributes:
         records: by the estimators' names.
         reference: the gradient that they are compared with, shape (D,).
-        reference_error: its standard error, shape (D,); 0 for an exact one.
+        reference_error: its standard error, shape (D,); 0 for an exact one, and for a single estimate.
     """
 
     records: Mapping[str, Record]
@@ -135,11 +136,11 @@ class Comparison:
         """Distance of the mean estimate from the reference, and the distance that chance alone would make.
 
         Both are relative to the reference's norm. A first number of no more than about twice the second is no evidence
-        of a bias.
+        of a bias; the second is NaN for one sample.
         """
         record = self.records[name]
         distance = (record.mean - self.reference).norm()
-        noise = (record.standard_error.nan_to_num().square() + self.reference_error.square()).sum().sqrt()
+        noise = (record.standard_error.square() + self.reference_error.square()).sum().sqrt()
         scale = self.reference.norm()
         return float(distance / scale), float(noise / scale)
 
@@ -251,7 +252,9 @@ def compare(
         exact, error = reference.detach().to(torch.float64).cpu(), torch.zeros(size, dtype=torch.float64)
     else:
         generator = torch.Generator().manual_seed(seed + 1)
-        record = measure(reference, task, opt, hyper, reference_samples or samples, generator)
+        record = measure(
+            reference, task, opt, hyper, samples if reference_samples is None else reference_samples, generator
+        )
         exact, error = record.mean, record.standard_error.nan_to_num()
     if not exact.norm() > 0:
         raise ValueError(f"reference must have a norm > 0, to which the others are compared, got {exact.tolist()}")

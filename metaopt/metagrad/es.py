@@ -34,6 +34,7 @@ class ES:
         compile: compile the step of all particles.
 
     Raises:
+        TypeError: an argument that is no number, or no whole one.
         ValueError: an argument outside its range.
 
     Example:

@@ -5,6 +5,7 @@ estimator = metaopt.metagrad.Implicit(steps=1000)
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metaopt.checks import check_count, check_real
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
 from metaopt.metagrad.objective import check_objective
@@ -79,6 +81,7 @@ class Implicit:
         report: of the last call.
 
     Raises:
+        TypeError: an argument that is no number, or no whole one.
         ValueError: an argument outside its range.
 
     Example:
@@ -117,14 +120,16 @@ class Implicit:
         check_objective(steps, "final")
         if solver not in ("cg", "neumann"):
             raise ValueError(f"solver must be 'cg' or 'neumann', got solver={solver!r}")
+        check_count("max_iterations", max_iterations)
+        check_count("batches", batches)
+        numbers = {"tolerance": tolerance, "step_size": step_size, "damping": damping}
+        for name, value in {**numbers, "gradient_tolerance": gradient_tolerance}.items():
+            if value is not None:
+                check_real(name, value)
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance must be > 0, got tolerance={tolerance}")
         if step_size is not None and not step_size > 0:
             raise ValueError(f"step_size must be > 0, got step_size={step_size}")
-        if max_iterations < 1 or batches < 1:
-            raise ValueError(
-                f"max_iterations and batches must be >= 1, got max_iterations={max_iterations} and batches={batches}"
-            )
         if not damping >= 0:
             raise ValueError(f"damping must be >= 0, got damping={damping}")
         if not gradient_tolerance > 0:
@@ -194,8 +199,9 @@ class Implicit:
         leaves.add(direct[len(ends) :])
         leaves.add([None if g is None else -g for g in through])
         leaves.deliver()
-        if self.warm_start:
-            self._last = _Trained((task, opt, hyper), params, solution.x, first)
+        if self.warm_start:  # what has diverged is no start
+            good = all(math.isfinite(size) for size in (first, norm(pytree.tree_leaves(params)), norm(solution.x)))
+            self._last = _Trained((task, opt, hyper), params, solution.x, first) if good else None
         return meta_loss.detach()
 
     @torch.no_grad()
@@ -215,7 +221,7 @@ class Implicit:
 
     def _warn(self, positive: bool) -> None:
         assert self.report is not None
-        if self.report.gradient > self.gradient_tolerance:
+        if not self.report.gradient <= self.gradient_tolerance:  # it may be NaN
             warnings.warn(
                 f"the inner problem has not converged: after steps={self.steps} its gradient is "
                 f"{self.report.gradient:.2g} of what it was, and implicit gradients hold at a minimum",

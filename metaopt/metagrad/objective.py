@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from metaopt.checks import check_count, check_whole
 from metaopt.unroll.stretch import Stretch
 
 Objective = Literal["final", "mean", "inner"]
 
 
 def check_objective(steps: int, objective: str) -> None:
-    """Raise ValueError for a horizon below 1 or an unknown objective."""
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got steps={steps}")
+    """Raise for a horizon that is no whole number >= 1, or an unknown objective."""
+    check_count("steps", steps)
     if objective not in get_args(Objective):
         raise ValueError(f"objective must be one of {get_args(Objective)}, got objective={objective!r}")
 
 
-def check_truncation(steps: int, truncation: int | None) -> None:
-    """Raise ValueError for a window that is empty or longer than the horizon."""
-    if truncation is not None and not 1 <= truncation <= steps:
+def check_truncation(steps: int, truncation: int) -> None:
+    """Raise for a window that is no whole number, empty, or longer than the horizon."""
+    check_whole("truncation", truncation)
+    if not 1 <= truncation <= steps:
         raise ValueError(f"truncation must be in 1..steps ({steps}), got truncation={truncation}")
 
 

@@ -63,6 +63,7 @@ class Pairs:
         self._config: Tensors = ()
         self._carry: Tensors | None = None
         self._particles: Particles | None = None
+        self._values: Split | None = None  # of the particles' program
 
     def renew(self, generator: Generator | None) -> list[int]:
         """Let the pairs that are over start afresh, and say which they are."""
@@ -94,8 +95,9 @@ class Pairs:
         device = pytree.tree_leaves(self._starts)[0].device
         begins = torch.tensor(self._at, device=device).repeat(2)
         steps = begins[:, None] + torch.arange(window, device=device)
-        if self._particles is None:
-            values = self.perturbation.exact()
+        values = self.perturbation.exact()
+        if self._particles is None or self._values is None or self._values.differs(Split(values)):
+            self._values = Split(values)
             program = make_program(self._tasks[0], self._opt, self._params[0], values, self._steps)
             self._particles = Particles(program, compile=self._compile)
         inputs = self._particles.inputs(self.perturbation.values(noise), self._config, self._starts, steps)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from metaopt.checks import check_count, check_real
 from metaopt.functional import Optimizer
 from metaopt.unroll.program import Split, Tensors
 
@@ -58,6 +59,11 @@ class Perturbation:
 
         shifted = [torch.cat([p + e, p - e]) for p, e in zip(self._named.values(), noise, strict=True)]
         result: Tensors = torch.vmap(of_one)(*shifted)
+        if not result:
+            raise ValueError(
+                "hyper has nothing to learn: none of its values is a tensor; "
+                "a function of the step hides what it is made of, a metaopt.Schedule does not"
+            )
         return result
 
     def exact(self) -> dict[str, Any]:
@@ -82,8 +88,8 @@ class Perturbation:
 
 
 def check_perturbation(std: float, pairs: int) -> None:
-    """Raise ValueError for a standard deviation that is not positive, or no pairs."""
+    """Raise for a standard deviation that is no positive number, or pairs that are no whole number >= 1."""
+    check_real("std", std)
     if not std > 0 or std == float("inf"):
         raise ValueError(f"std must be > 0 and finite, got std={std}")
-    if pairs < 1:
-        raise ValueError(f"pairs must be >= 1, got pairs={pairs}")
+    check_count("pairs", pairs)

@@ -27,7 +27,7 @@ class PES:
 
     The estimates of all windows of an unroll add up to an unbiased one for the smoothed objective of the whole
     horizon: no truncation bias, an update every ``truncation`` steps, and a variance that grows with the number of
-    windows behind. An unroll that has reached the horizon starts again.
+    windows behind. An unroll that has reached the horizon starts again; all do after an exception in a window.
 
     Args:
         steps: inner steps, the horizon T >= 1.
@@ -40,6 +40,7 @@ class PES:
         compile: compile the step of all particles.
 
     Raises:
+        TypeError: an argument that is no number, or no whole one.
         ValueError: an argument outside its range.
 
     Example:
@@ -81,7 +82,7 @@ class PES:
     def __repr__(self) -> str:
         return (
             f"PES(steps={self.steps}, truncation={self.truncation}, std={self.std}, pairs={self.pairs}, "
-            f"objective={self.objective!r})"
+            f"objective={self.objective!r}{', stagger=True' if self.stagger else ''})"
         )
 
     @property
@@ -109,8 +110,10 @@ class PES:
             The mean over particles of the window's part of the smoothed objective, 0-d.
         """
         run = ongoing(self._ongoing, task, opt, hyper) or self._begin(task, opt, hyper)
+        self._ongoing = None  # until the window is done: an exception on the way lets the next call begin new unrolls
+        fresh = run.renew(generator)
         for sums in self._sums:
-            sums[run.renew(generator)] = 0.0
+            sums[fresh] = 0.0
         noise = run.perturbation.draw(generator)
         self._sums = [sums + e for sums, e in zip(self._sums, noise, strict=True)]
         losses = run.run(noise, self.truncation, generator)

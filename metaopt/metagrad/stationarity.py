@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.functional import Optimizer
 from metaopt.functional.tree import Tree
-from metaopt.functional.values import at_step
+from metaopt.functional.values import at_step, to_tensors
 from metaopt.tasks import Runs, Task
 
 
@@ -41,6 +41,8 @@ def stationarity(
         grads = torch.autograd.grad(loss, tree.leaves, create_graph=True, materialize_grads=True)
         if getattr(opt, "flags", {}).get("maximize"):
             grads = tuple(-grad for grad in grads)
+        # Where the loss is linear there is no curvature, but a graph all the same.
+        grads = tuple(g if g.requires_grad else g + 0.0 * x for g, x in zip(grads, tree.leaves, strict=True))
         decays = _weight_decay(opt, values, tree.names, step)
         total = [
             g if decay is None else g + decay.to(g) * x for g, decay, x in zip(grads, decays, tree.leaves, strict=True)
@@ -52,7 +54,7 @@ def _weight_decay(opt: Optimizer, values: Mapping[str, Any], names: list[str], s
     """Of each parameter; None where there is none."""
     given = at_step(values.get("weight_decay", 0.0), step) if "weight_decay" in opt.hyperparameters else 0.0
     each = [given[name] if isinstance(given, Mapping) else given for name in names]
-    decays = [None if not isinstance(decay, Tensor) and decay == 0 else torch.as_tensor(decay) for decay in each]
+    decays = [None if not isinstance(decay, Tensor) and decay == 0 else to_tensors(decay) for decay in each]
     if any(decay is not None for decay in decays) and getattr(opt, "flags", {}).get("decoupled_weight_decay"):
         raise ValueError(
             "Implicit needs weight decay that is coupled to the gradient, got decoupled_weight_decay=True: "

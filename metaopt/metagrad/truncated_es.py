@@ -23,7 +23,7 @@ class TruncatedES:
     """Evolution strategies over one window a call: what a perturbation does after its window is not seen.
 
     Each pair has one unroll that goes on without perturbations; in every window its two particles start from there.
-    `PES` is as cheap and has no such bias, `ES` none either.
+    `PES` is as cheap and has no such bias, `ES` none either. After an exception in a window all unrolls start again.
 
     Args:
         steps: inner steps, the horizon T >= 1, after which the unrolls start again.
@@ -34,6 +34,7 @@ class TruncatedES:
         compile: compile the step of all particles.
 
     Raises:
+        TypeError: an argument that is no number, or no whole one.
         ValueError: an argument outside its range.
 
     Example:
@@ -93,6 +94,7 @@ class TruncatedES:
         run = ongoing(self._ongoing, task, opt, hyper) or Pairs(
             task, opt, hyper, self.std, self.pairs, self.steps, self.objective, compile=self.compile
         )
+        self._ongoing = None  # until the window is done: an exception on the way lets the next call begin new unrolls
         run.renew(generator)
         noise = run.perturbation.draw(generator)
         here = Snapshot(generator)

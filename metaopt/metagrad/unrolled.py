@@ -76,7 +76,8 @@ class Unrolled:
         carry: bool = False,
     ) -> None:
         check_objective(steps, objective)
-        check_truncation(steps, truncation)
+        if truncation is not None:
+            check_truncation(steps, truncation)
         if carry and truncation is None:
             raise ValueError("carry=True needs a truncation: the length of the window that a call goes on")
         length = isinstance(segments, int) and not isinstance(segments, bool) and segments >= 1

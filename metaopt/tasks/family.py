@@ -12,6 +12,7 @@ import torch
 from torch import Generator
 from torch.utils import _pytree as pytree
 
+from metaopt.checks import check_count
 from metaopt.tasks.runs import Runs
 from metaopt.tasks.task import Batch, Params, Task
 
@@ -42,6 +43,7 @@ class Tasks(Runs):
         config: their configurations, as ``family.sample`` returns them: with a leading dimension.
 
     Raises:
+        TypeError: what is not a pytree of tensors.
         ValueError: tensors that differ in the leading dimension, or none.
 
     Example:
@@ -53,7 +55,11 @@ class Tasks(Runs):
     """
 
     def __init__(self, family: TaskFamily, config: Config) -> None:
-        shapes = [tuple(tensor.shape) for tensor in pytree.tree_leaves(config)]
+        leaves = pytree.tree_leaves(config)
+        if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+            raise TypeError(f"config must be a pytree of tensors, got leaves: {kinds}")
+        shapes = [tuple(tensor.shape) for tensor in leaves]
         if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0] or shapes[0][0] < 1:
             raise ValueError(f"config must hold tensors with one leading dimension >= 1, got shapes {shapes}")
         self.family = family
@@ -97,14 +103,16 @@ class TaskBatch:
     """
 
     def __init__(self, family: TaskFamily, count: int) -> None:
-        if count < 1:
-            raise ValueError(f"count must be >= 1, got count={count}")
+        check_count("count", count)
         self.family = family
         self.count = count
 
     def draw(self, generator: Generator | None) -> Tasks:
         """Tasks to train on."""
-        return Tasks(self.family, self.family.sample(self.count, generator))
+        tasks = Tasks(self.family, self.family.sample(self.count, generator))
+        if tasks.count != self.count:
+            raise ValueError(f"sample(count={self.count}) of the family returned {tasks.count} configurations")
+        return tasks
 
 
 def drawn(task: Task | TaskBatch, generator: Generator | None) -> Task:

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
+from metaopt.checks import check_count
 from metaopt.tasks.task import Batch, Params, Task, Values
 
 
@@ -74,8 +75,7 @@ class Replicas(Runs):
     """
 
     def __init__(self, task: Task, count: int) -> None:
-        if count < 1:
-            raise ValueError(f"count must be >= 1, got count={count}")
+        check_count("count", count)
         self.task = task
         self.count = count
         self.key = self
@@ -98,5 +98,10 @@ def stack(trees: Sequence[Any]) -> Any:
     first, spec = pytree.tree_flatten(trees[0])
     if not first:
         return trees[0]
+    if not all(isinstance(leaf, torch.Tensor) for leaf in first):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in first}))
+        raise TypeError(
+            f"parameters and batches of runs side by side must be pytrees of tensors (() for none), got leaves: {kinds}"
+        )
     columns = zip(*(pytree.tree_leaves(tree) for tree in trees), strict=True)
     return pytree.tree_unflatten([torch.stack(column) for column in columns], spec)

@@ -68,7 +68,9 @@ class Particles:
             if whole.loss_weight:
                 total += whole.loss_weight * loss
             if weights[:, k].any():
-                total += weights[:, k].to(total.device) * self._meta_loss(carry, inputs.shared)
+                weight = weights[:, k].to(total.device)
+                # Not a plain product: what does not count may be NaN.
+                total += torch.where(weight != 0.0, weight * self._meta_loss(carry, inputs.shared), 0.0)
         return carry, total
 
 

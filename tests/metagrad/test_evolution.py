@@ -255,9 +255,129 @@ def test_another_task_begins_a_new_unroll_and_reset_does_too() -> None:
     assert estimator.backward(task, opt, hyper, seeded()).item() == first()
 
 
+class Parts(nn.Module):
+    """Theta as the sum of two parameters, of unlike shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor(0.1, dtype=F64))
+        self.two = nn.Parameter(torch.tensor([0.05, 0.15], dtype=F64))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {"theta": self.one + self.two.sum()}
+
+
+def test_pes_over_one_window_is_es_in_every_unroll() -> None:
+    grads = []
+    for estimator in (ES(STEPS, STD, 5, "mean"), PES(STEPS, STEPS, STD, 5)):
+        hyper, task, opt, generator = Parts(), Wave(), Accumulates(), seeded()
+        for _ in range(3):
+            hyper.zero_grad()
+            estimator.backward(task, opt, hyper, generator)
+            grads.append([p.grad for p in hyper.parameters()])
+    for es, pes in zip(grads[:3], grads[3:], strict=True):
+        torch.testing.assert_close(pes, es, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PES(6, 2, STD, 3), lambda: PES(6, 2, STD, 3, stagger=True), lambda: TruncatedES(6, 2, STD, 3)]
+)
+@pytest.mark.parametrize("calls", [0, 1, 3, 4])
+@pytest.mark.parametrize("draw", [0, 4])
+def test_a_window_that_is_interrupted_lets_the_next_call_begin_anew(make: Any, calls: int, draw: int) -> None:
+    class Interrupted(Wave):
+        left = 10**9
+
+        def batch(self, step: int, generator: Generator | None) -> tuple[()]:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return ()
+
+    task, opt, hyper, estimator, fresh = Interrupted(), Accumulates(), Parts(), make(), make()
+    for _ in range(calls):
+        estimator.backward(task, opt, hyper, seeded())
+    hyper.zero_grad()
+    task.left = draw
+    with pytest.raises(KeyboardInterrupt):
+        estimator.backward(task, opt, hyper, seeded())
+    assert all(p.grad is None for p in hyper.parameters())
+    task.left = 10**9
+    grads: list[list[Tensor]] = []
+    for each in (estimator, fresh):
+        hyper.zero_grad()
+        for seed in range(4):
+            each.backward(task, opt, hyper, seeded(seed))
+        grads.append([p.grad for p in hyper.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads[0], grads[1], rtol=0.0, atol=0.0)
+
+
+def test_a_meta_loss_that_does_not_count_may_be_nan() -> None:
+    class Late(Wave):
+        def meta_loss(self, params: Tensor, hyper: Mapping[str, Any]) -> Tensor:
+            return torch.log(params - 0.9).sum()  # after 2 steps NaN, after 4 not
+
+    estimator, hyper, task, opt = PES(STEPS, 2, 0.001, 2, "final", stagger=True), Theta(START), Late(), Accumulates()
+    losses = [estimator.backward(task, opt, hyper, seeded()) for _ in range(2)]
+    assert losses[0] == 0.0
+    assert losses[1].item() == pytest.approx(0.5 * math.log(0.3), abs=0.1)  # the other pair is in its first window
+    assert hyper.theta.grad is not None
+    assert hyper.theta.grad.isfinite()
+
+
+def test_a_number_among_the_values_may_change_between_windows() -> None:
+    class Decayed(nn.Module):
+        weight_decay = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = nn.Parameter(torch.tensor(0.1, dtype=F64))
+
+        def forward(self) -> dict[str, Any]:
+            return {"lr": self.lr, "weight_decay": self.weight_decay}
+
+    task, opt = Regression(), sgd()
+    losses = []
+    for weight_decay in (0.0, 2.0):
+        hyper, estimator, generator = Decayed(), PES(4, 2, 1e-6, 1), seeded()
+        estimator.backward(task, opt, hyper, generator)
+        hyper.weight_decay = weight_decay
+        losses.append(estimator.backward(task, opt, hyper, generator).item())
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_a_module_that_hides_its_parameter_in_a_function_of_the_step_is_refused() -> None:
+    class Hidden(Theta):
+        def forward(self) -> dict[str, Any]:
+            return {"lr": lambda step: self.theta * 0.9**step}
+
+    with pytest.raises(ValueError, match="none of its values is a tensor"):
+        ES(STEPS, STD, 2).backward(Regression(), sgd(), Hidden())
+
+
+@pytest.mark.parametrize(("batch", "kind"), [(None, "NoneType"), (3, "int")])
+def test_a_batch_that_is_no_tree_of_tensors_is_named(batch: Any, kind: str) -> None:
+    class Odd(Wave):
+        def batch(self, step: int, generator: Generator | None) -> Any:
+            return batch
+
+    with pytest.raises(TypeError, match=f"must be pytrees of tensors .*, got leaves: {kind}"):
+        ES(STEPS, STD, 2).backward(Odd(), Accumulates(), Theta())
+
+
+def test_reprs_name_what_differs() -> None:
+    assert "stagger" not in repr(PES(4, 2, 0.1, 1))
+    assert repr(PES(4, 2, 0.1, 1, stagger=True)).endswith("objective='mean', stagger=True)")
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: ES(2.5, 0.1, 1), "steps must be a whole number, got steps=2.5"),  # type: ignore[arg-type]
+        (lambda: ES(True, 0.1, 1), "steps must be a whole number, got steps=True"),
+        (lambda: ES(1, "0.1", 1), "std must be a number, got std='0.1'"),  # type: ignore[arg-type]
+        (lambda: ES(1, 0.1, 2.5), "pairs must be a whole number, got pairs=2.5"),  # type: ignore[arg-type]
+        (lambda: PES(4, None, 0.1, 1), "truncation must be a whole number, got truncation=None"),  # type: ignore[arg-type]
         (lambda: ES(0, 0.1, 1), "steps must be >= 1, got steps=0"),
         (lambda: ES(1, 0.0, 1), "std must be > 0 and finite, got std=0.0"),
         (lambda: ES(1, 0.1, 0), "pairs must be >= 1, got pairs=0"),
@@ -268,7 +388,7 @@ def test_another_task_begins_a_new_unroll_and_reset_does_too() -> None:
     ],
 )
 def test_bad_arguments_are_named(make: Any, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         make()
 
 

@@ -173,6 +173,8 @@ def test_every_task_has_its_own_draws() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: TaskBatch(RandomQuadratics(3), 2.5), "count must be a whole number, got count=2.5"),  # type: ignore[arg-type]
+        (lambda: Tasks(RandomQuadratics(3), {"a": 0.5}), "config must be a pytree of tensors, got leaves: float"),
         (lambda: TaskBatch(RandomQuadratics(3), 0), "count must be >= 1, got count=0"),
         (
             lambda: Tasks(RandomQuadratics(3), [torch.zeros(2), torch.zeros(3)]),
@@ -183,5 +185,14 @@ def test_every_task_has_its_own_draws() -> None:
     ],
 )
 def test_bad_arguments_are_named(make: Any, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         make()
+
+
+def test_a_family_that_returns_another_number_of_configurations_is_refused() -> None:
+    class One(RandomQuadratics):
+        def sample(self, count: int, generator: Any) -> Any:
+            return super().sample(1, generator)
+
+    with pytest.raises(ValueError, match=r"sample\(count=4\) of the family returned 1 configurations"):
+        TaskBatch(One(3), 4).draw(seeded())

@@ -160,6 +160,45 @@ def test_a_warm_start_needs_fewer_steps_and_products() -> None:
     assert estimator.report.iterations == 5
 
 
+def test_a_warm_start_does_not_begin_with_what_has_diverged() -> None:
+    opt, hyper = penalized()
+    estimator, cold = Implicit(400, warm_start=True), Implicit(400)
+    with torch.no_grad():
+        hyper.penalty.fill_(20.0)
+    with pytest.warns(UserWarning, match="has not converged: .* nan of what it was"):
+        assert estimator.backward(TASK, opt, hyper, seeded()).isnan()
+    with torch.no_grad():
+        hyper.penalty.fill_(-1.0)
+    for each in (estimator, cold):
+        hyper.zero_grad()
+        each.backward(TASK, opt, hyper, seeded())
+        assert hyper.penalty.grad is not None
+        torch.testing.assert_close(hyper.penalty.grad, TASK.exact(hyper)[1][0], rtol=1e-8, atol=0.0)
+
+
+def test_a_constant_weight_decay_has_all_its_digits() -> None:
+    opt = sgd(lr=0.3, weight_decay=0.1)
+    hyper = Hyperparameters(opt, learn={"penalty": (0.3, constraints.positive)})
+    estimator = Implicit(2000)
+    estimator.backward(TASK, opt, hyper, seeded())
+    assert estimator.report is not None
+    assert estimator.report.gradient < 1e-13
+
+
+def test_a_parameter_in_which_the_loss_is_linear() -> None:
+    class Linear(Ridge):
+        def init(self, generator: Generator | None) -> dict[str, Tensor]:
+            return {**super().init(generator), "line": torch.zeros(2, dtype=F64)}
+
+        def loss(self, params: Mapping[str, Tensor], batch: tuple[()], hyper: Mapping[str, Any]) -> Tensor:
+            return super().loss(params, batch, hyper) + 1e-6 * params["line"].sum()
+
+    opt, hyper = penalized()
+    Implicit(2000).backward(Linear(), opt, hyper, seeded())
+    assert hyper.penalty.grad is not None
+    torch.testing.assert_close(hyper.penalty.grad, TASK.exact(hyper)[1][0], rtol=1e-8, atol=0.0)
+
+
 def test_damping_shifts_the_diagonal() -> None:
     opt, hyper = penalized()
     Implicit(400, damping=0.5).backward(TASK, opt, hyper, seeded())
@@ -255,13 +294,15 @@ def test_a_value_that_nothing_reads_is_named() -> None:
         ({"steps": 1, "solver": "lu"}, "solver must be 'cg' or 'neumann', got solver='lu'"),
         ({"steps": 1, "tolerance": 0.0}, "tolerance must be > 0, got tolerance=0.0"),
         ({"steps": 1, "step_size": -1.0}, "step_size must be > 0, got step_size=-1.0"),
-        ({"steps": 1, "max_iterations": 0}, "got max_iterations=0 and batches=1"),
+        ({"steps": 1, "max_iterations": 0}, "max_iterations must be >= 1, got max_iterations=0"),
+        ({"steps": 1, "batches": 1.5}, "batches must be a whole number, got batches=1.5"),
+        ({"steps": 1, "damping": "0.1"}, "damping must be a number, got damping='0.1'"),
         ({"steps": 1, "damping": -0.1}, "damping must be >= 0, got damping=-0.1"),
         ({"steps": 1, "gradient_tolerance": 0.0}, "gradient_tolerance must be > 0, got gradient_tolerance=0.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         Implicit(**arguments)
 
 
