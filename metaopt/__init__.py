@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metaopt import functional, metagrad, optim, tasks
+    from metaopt import functional, learned, metagrad, optim, tasks
     from metaopt.hyper import Hyperparameters, PerParameter
     from metaopt.schedule import Schedule
     from metaopt.suggestion import suggest
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # name -> module; a module's own name stands for the module itself. Loaded at first use, so that importing is quick.
 _HOMES = {
     "functional": "metaopt.functional",
+    "learned": "metaopt.learned",
     "metagrad": "metaopt.metagrad",
     "optim": "metaopt.optim",
     "tasks": "metaopt.tasks",
@@ -35,6 +36,7 @@ __all__ = [
     "Schedule",
     "functional",
     "inner_loop",
+    "learned",
     "meta_train",
     "metagrad",
     "optim",

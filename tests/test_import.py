@@ -61,11 +61,11 @@ def test_every_public_name_is_there() -> None:
     for name in ("Hyperparameters", "PerParameter", "Schedule", "inner_loop", "meta_train"):
         assert getattr(metaopt, name).__name__ == name
         assert getattr(metaopt, name).__module__.startswith("metaopt.")
-    for name in ("functional", "metagrad", "optim", "tasks"):
+    for name in ("functional", "learned", "metagrad", "optim", "tasks"):
         assert getattr(metaopt, name).__name__ == f"metaopt.{name}"
 
 
-@pytest.mark.parametrize("package", ["functional", "metagrad", "optim", "tasks"])
+@pytest.mark.parametrize("package", ["functional", "learned", "metagrad", "optim", "tasks"])
 def test_every_public_name_of_a_package_is_there(package: str) -> None:
     module = getattr(metaopt, package)
     assert module.__all__

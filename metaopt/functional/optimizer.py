@@ -162,14 +162,14 @@ class Elementwise(ABC, Generic[StateT]):
         fields = [tree.match(f"state.{name}", field) for name, field in zip(self.State._fields, state, strict=True)]
         for index, grad in enumerate(grad_leaves):
             _check_param(tree, index)
-            _check_grad(tree, index, grad)
+            check_grad(tree, index, grad)
 
         once = Once()
         new_params, new_leaves = [], []
         for index, (param, grad, step, *parts) in enumerate(zip(tree.leaves, grad_leaves, *fields, strict=True)):
             if grad is not None:
                 resolved = self._resolve(values, tree, index, step, once)
-                step = once(_advance, step)
+                step = once(advance, step)
                 c = once(self.coefficients, once, once(_double, step), *resolved)
                 param, *parts = self.apply(param, grad, parts, once(cast, c, compute_dtype(param), param.device))
             new_params.append(param)
@@ -202,12 +202,12 @@ class Elementwise(ABC, Generic[StateT]):
                 raise ValueError(f"{name} has no value for parameter {tree.names[index]!r}; it has {list(value)}")
             return self._look_up(name, value[tree.names[index]], tree, index, step, once)
         if isinstance(value, Tensor):
-            _check_broadcast(name, value, tree, index)
+            check_broadcast(name, value, tree, index)
             return once(_last_dimension, value) if value.dim() and tree.leaves[index].is_complex() else value
         return self._look_up(name, once(self._call, once, name, value, step), tree, index, step, once)
 
     def _call(self, once: Once, name: str, schedule: Callable[[Any], Any], step: Tensor) -> Any:
-        value = schedule(once(_count, step))
+        value = schedule(once(count, step))
         base, _, element = name.partition("[")
         bound = self.domains[base].valid
         if element and isinstance(bound, tuple):
@@ -249,7 +249,7 @@ def _check_param(tree: Tree, index: int) -> None:
         raise TypeError(f"{tree.label('params', index)} must be a floating-point or complex tensor, got {got}")
 
 
-def _check_grad(tree: Tree, index: int, grad: Any) -> None:
+def check_grad(tree: Tree, index: int, grad: Any) -> None:
     if grad is None:
         return
     param = tree.leaves[index]
@@ -268,7 +268,7 @@ def _check_grad(tree: Tree, index: int, grad: Any) -> None:
         )
 
 
-def _check_broadcast(name: str, value: Tensor, tree: Tree, index: int) -> None:
+def check_broadcast(name: str, value: Tensor, tree: Tree, index: int) -> None:
     shape = tree.leaves[index].shape
     aligned = shape[len(shape) - value.dim() :] if value.dim() <= len(shape) else None
     if aligned is None or any(size not in (1, full) for size, full in zip(value.shape, aligned, strict=True)):
@@ -278,7 +278,7 @@ def _check_broadcast(name: str, value: Tensor, tree: Tree, index: int) -> None:
         )
 
 
-def _count(step: Tensor) -> int | Tensor:
+def count(step: Tensor) -> int | Tensor:
     """What a callable hyperparameter is given."""
     if not torch.compiler.is_compiling() and step.device.type == "cpu":
         try:
@@ -288,7 +288,7 @@ def _count(step: Tensor) -> int | Tensor:
     return step.to(torch.int64)
 
 
-def _advance(step: Tensor) -> Tensor:
+def advance(step: Tensor) -> Tensor:
     return step + 1
 
 
