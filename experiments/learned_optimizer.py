@@ -22,14 +22,14 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import metaopt
 from experiments.parts.study import save_figure
 from experiments.parts.tuning import HAND_DESIGNED, Trained, judged, tuned
 from metaopt.metagrad import Unrolled
 from metaopt.metagrad.objective import Objective
-from metaopt.tasks import MNIST1D, Classification, Digits, Replicas, load_digits
+from metaopt.tasks import MNIST1D, Classification, Replicas, load_digits
 
 DESIGNS: Mapping[str, Callable[[], Any]] = {
     "mlp": metaopt.learned.MLPOptimizer,
@@ -104,9 +104,11 @@ def meta_train(config: Config, learned: Any, console: Console) -> list[dict[str,
     task = Replicas(MNIST1D(partial(network, 50), config.batch_size), config.replicas)
     meta_optimizer = torch.optim.Adam(learned.parameters(), lr=config.meta_lr)
     anneal = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, config.meta_steps)
-    meta_optimizer.register_step_pre_hook(
-        lambda *_: nn.utils.clip_grad_norm_(learned.parameters(), config.clip, error_if_nonfinite=True)
-    )
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(learned.parameters(), config.clip, error_if_nonfinite=True)
+
+    meta_optimizer.register_step_pre_hook(clip)
     meta_optimizer.register_step_post_hook(lambda *_: anneal.step())
     generator = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, Any]] = []
@@ -115,9 +117,7 @@ def meta_train(config: Config, learned: Any, console: Console) -> list[dict[str,
         steps = max(1, round(stage.share * config.meta_steps))
         estimator = Unrolled(horizon, stage.objective, segments="sqrt", compile=True)
         console.print(f"{steps} meta-steps through {horizon} steps, {stage.objective} loss")
-        result = metaopt.meta_train(
-            task, learned, learned, estimator, meta_optimizer, steps=steps, generator=generator
-        )
+        result = metaopt.meta_train(task, learned, learned, estimator, meta_optimizer, steps=steps, generator=generator)
         history += result.history
     return history
 

@@ -4,6 +4,7 @@ from metaopt.learned.adafactor_mlp import AdafactorMLPOptimizer, AdafactorMLPSta
 from metaopt.learned.base import LearnedOptimizer
 from metaopt.learned.lstm import LSTMOptimizer, LSTMState
 from metaopt.learned.mlp import MLPOptimizer, MLPState
+from metaopt.learned.shipped import available, card, load, save
 
 __all__ = [
     "AdafactorMLPOptimizer",
@@ -13,4 +14,8 @@ __all__ = [
     "LearnedOptimizer",
     "MLPOptimizer",
     "MLPState",
+    "available",
+    "card",
+    "load",
+    "save",
 ]
