@@ -59,14 +59,14 @@ def test_real_estimators_against_a_reference() -> None:
     task, opt = NoisyQuadratic(noise=0.3), sgd(lr=0.05, momentum=0.5)
     hyper = Hyperparameters(opt, ("lr", "momentum"))
     estimators = {
-        "forward": Forward(20, "mean"),
-        "segments": Unrolled(20, "mean", segments=4),
-        "windows": Unrolled(20, "mean", truncation=5, carry=True),
-        "truncated": Unrolled(20, "mean", truncation=5),
-        "ES": ES(20, 0.05, 16, "mean"),
-        "PES": PES(20, 5, 0.05, 16),
+        "forward": Forward(12, "mean"),
+        "segments": Unrolled(12, "mean", segments=4),
+        "windows": Unrolled(12, "mean", truncation=3, carry=True),
+        "truncated": Unrolled(12, "mean", truncation=3),
+        "ES": ES(12, 0.05, 16, "mean"),
+        "PES": PES(12, 3, 0.05, 16),
     }
-    comparison = compare(task, opt, hyper, estimators, Unrolled(20, "mean"), samples=30, reference_samples=200)
+    comparison = compare(task, opt, hyper, estimators, Unrolled(12, "mean"), samples=20, reference_samples=80)
     for name in ("forward", "segments", "ES", "PES"):
         distance, chance = comparison.bias(name)
         assert distance < 3 * chance, name

@@ -119,7 +119,6 @@ def test_a_value_that_the_inner_loss_reads() -> None:
     [
         Unrolled(STEPS, "mean", compile=True),
         Unrolled(STEPS, segments="sqrt", compile=True),
-        Forward(STEPS, "mean", compile=True),
     ],
     ids=repr,
 )
