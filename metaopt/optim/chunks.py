@@ -83,6 +83,11 @@ def scatter(targets: Sequence[Tensor], dims: Sequence[int], values: Tensor, *, a
         values: (..., n).
         add: to what is there.
     """
+    if len(targets) == 1:
+        (target,) = targets
+        values = values.reshape(target.shape)
+        target.add_(values) if add else target.copy_(values)
+        return
     counts = [math.prod(target.shape[target.dim() - count :]) for target, count in zip(targets, dims, strict=True)]
     shaped = [value.reshape(target.shape) for value, target in zip(values.split(counts, -1), targets, strict=True)]
     if add:
