@@ -30,12 +30,12 @@ class LSTMState(NamedTuple):
 class LSTMOptimizer(LearnedOptimizer):
     """The LSTM of Andrychowicz et al.: two layers of 20 units for every element, 5,141 weights.
 
-    Its features are two functions of the gradient, its size and its sign: see `preprocess`. The step is the network's
-    output times ``output_scale``; untrained, about ``.25 output_scale`` (weights are uniform between
-    ``-1 / sqrt(units)`` and that, as in torch.nn.LSTM), and hardly dependent on the gradient.
+    It reads the size and the sign of the gradient, see `preprocess`. The step is its output times ``output_scale``.
+    Weights are uniform between ``-1 / sqrt(units)`` and ``1 / sqrt(units)``, as in torch.nn.LSTM; untrained, the output
+    has a root mean square of about .1 (.004 to .23 over 50 seeds), most of it the same whatever the gradient.
 
-    As published, but for three things: hidden states start at 0; a gate has one bias and not two; the derivative of the
-    inner gradients with respect to the parameters is kept, as everywhere in this package, where the paper drops it.
+    As published, but for two things: a gate has one bias and not two; and the derivative of the inner gradients is
+    kept, as everywhere in this package, where the paper drops it.
 
     Args:
         units: of each layer, >= 1.
