@@ -60,7 +60,7 @@ def network(weights: Weights, x: Tensor, time: Tensor, squares: Tensor | None = 
         weights: as `register` makes them.
         x: features (k, n). Each is divided by its root mean square over the elements.
         time: features that all elements share (m,).
-        squares: the mean squares (k,), if the n elements are not all of their tensor, or (k, n), if they are of several.
+        squares: the mean squares: (k,) if the n elements are a part of their tensor, (k, n) if they are of several.
     """
     k = x.shape[0]
     scale = torch.rsqrt((x.square().mean(1) if squares is None else squares) + 1e-5)

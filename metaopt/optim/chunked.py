@@ -9,6 +9,7 @@ What a design must offer for it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -23,8 +24,8 @@ from metaopt.optim.chunks import Piece, Slot, gather, packed, pieces, scatter
 Weights = Mapping[str, Tensor]
 State = tuple[Tensor, ...]
 
-# Elements of a chunk: on a CPU the hidden layers of one stay in its second cache; elsewhere it has to be kept busy.
-SIZES = {"cpu": 1 << 12}
+# Elements of a chunk: on a CPU its hidden layers stay in the cache; elsewhere the device has to be kept busy.
+SIZES = {"cpu": 1 << 14}
 SIZE = 1 << 17
 
 
@@ -95,8 +96,7 @@ class Chunked:
     def __call__(self, slots: Sequence[Slot], terms: Terms) -> None:
         size = SIZES.get(slots[0][0].device.type, SIZE)
         for together in packed(slots, size):
-            first = together[0]
-            cut = list(pieces(first, size)) if first[0].numel() > size else []
+            cut = self._cut(together[0], size)
             if not isinstance(self.optimizer, Normalized):
                 for chunk in [[piece] for piece in cut] or [together]:
                     self._step(chunk, terms, size)
@@ -104,6 +104,13 @@ class Chunked:
                 self._step_large(cut, terms, size)
             else:
                 self._step_whole(together, terms)
+
+    def _cut(self, slot: Slot, size: int) -> list[Piece]:
+        """The pieces of a slot that is larger than a chunk: equal ones, or for compiled functions full ones."""
+        count = slot[0].numel()
+        if count <= size:
+            return []
+        return list(pieces(slot, size if self._compiled else math.ceil(count / math.ceil(count / size))))
 
     def _step(self, chunk: Sequence[Piece], terms: Terms, size: int) -> None:
         """Coordinatewise. What fills no chunk is padded for the compiled function: elements do not mix."""
@@ -147,9 +154,7 @@ class Chunked:
         compiled = self._compiled.get(function)
         if compiled is None or parts[0].numel() != size:
             return function(self.optimizer, parts, terms.step, terms.weights, terms.once, *more)
-        return compiled(
-            self.optimizer, [part.contiguous() for part in parts], terms.step, terms.weights, None, *more
-        )
+        return compiled(self.optimizer, [part.contiguous() for part in parts], terms.step, terms.weights, None, *more)
 
 
 # The functions of a chunk. Compiled ones get no ``once``, whose memory would be a new one at every step.

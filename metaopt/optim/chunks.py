@@ -69,8 +69,8 @@ def gather(chunk: Sequence[Piece], dtype: torch.dtype) -> list[Tensor]:
     """The parts of a chunk's pieces, end to end: shapes (n,) and, for state, (..., n)."""
     made = []
     for parts in zip(*chunk, strict=True):
-        flat = [_flat(part, piece[0].dim()).to(dtype) for part, piece in zip(parts, chunk, strict=True)]
-        made.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
+        flat = [_flat(part, piece[0].dim()) for part, piece in zip(parts, chunk, strict=True)]
+        made.append((flat[0] if len(flat) == 1 else torch.cat(flat, -1)).to(dtype))
     return made
 
 

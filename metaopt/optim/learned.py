@@ -66,12 +66,14 @@ class Learned(torch.optim.Optimizer):
         _check_learned(optimizer)
         self.optimizer = optimizer
         self.compile = bool(compile)
+        self._fields: tuple[str, ...] = optimizer.init({})._fields
         self._chunked: Chunked | None = None
         super().__init__(params, {"lr": lr, "maximize": bool(maximize)})
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions that were compiled are made anew.
-        return {**super().__getstate__(), "optimizer": self.optimizer, "compile": self.compile, "_chunked": None}
+        own = {"optimizer": self.optimizer, "compile": self.compile, "_fields": self._fields, "_chunked": None}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own, to those that are optimized.
@@ -156,23 +158,22 @@ class Learned(torch.optim.Optimizer):
         step = torch.tensor(age, device=live[0].device)
         terms = Terms(dtype, step, weights, group["lr"], group["maximize"], Once())
         self._chunked([self._slot(p) for p in live], terms)
-        for p in live:
-            self.state[p]["step"] += 1
+        torch._foreach_add_([self.state[p]["step"] for p in live], 1)
 
     def _slot(self, p: Tensor) -> Slot:
         assert p.grad is not None
-        return (p.detach(), p.grad, *(part for field, part in self.state[p].items() if field != "step"))
+        state = self.state[p]
+        return (p.detach(), p.grad, *(state[field] for field in self._fields if field != "step"))
 
     def _step_whole(self, group: dict[str, Any], p: Tensor, weights: dict[str, Tensor]) -> None:
         """By the functional optimizer: a tensor at a time, since its temporaries are those of all that it is given."""
         assert p.grad is not None
-        kind = type(self.optimizer.init({"": torch.empty((), device="meta")}))
-        state = kind(**{field: {"": part} for field, part in self.state[p].items()})
+        state = type(self.optimizer.init({}))(*({"": self.state[p][field]} for field in self._fields))
         grads = {"": -p.grad if group["maximize"] else p.grad}
         new, after = self.optimizer.step({"": p.detach()}, grads, state, lr=group["lr"], weights=weights)
         p.copy_(new[""])
-        for field, part in self.state[p].items():
-            part.copy_(getattr(after, field)[""])
+        for field in self._fields:
+            self.state[p][field].copy_(getattr(after, field)[""])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state that this class has saved.
