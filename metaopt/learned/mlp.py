@@ -91,12 +91,12 @@ class MLPOptimizer(LearnedOptimizer):
     def change(
         self, param: Tensor, grad: Tensor, step: Tensor, state: tuple[Tensor, ...], weights: Weights, once: Once
     ) -> tuple[Tensor, ...]:
-        state = self.accumulate(grad, state, once)
+        state = self.accumulate(grad, state, weights, once)
         return self.react(self.features(param, grad, state), None, step, weights, once).view_as(param), *state
 
     # The same in parts, for those who step a large tensor in chunks: what is after `accumulate` needs its mean squares.
 
-    def accumulate(self, grad: Tensor, state: tuple[Tensor, ...], once: Once) -> tuple[Tensor, ...]:
+    def accumulate(self, grad: Tensor, state: tuple[Tensor, ...], weights: Weights, once: Once) -> tuple[Tensor, ...]:
         """The state after this gradient, of a tensor or any part of it."""
         (momenta,) = state
         return (averaged(momenta, grad, once(_rates, grad.dtype, grad.device)),)

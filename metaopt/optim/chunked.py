@@ -10,7 +10,7 @@ What a design must offer for it:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,14 +44,23 @@ class Coordinatewise(Protocol):
 class Normalized(Protocol):
     """A design that says its ``change`` in three parts, each of which takes any part of a tensor.
 
-    ``accumulate`` makes the new state, ``features`` reads it, and ``react`` needs the mean squares of the features.
+    ``accumulate`` makes the new state, or the first parts of it where the others stay; ``features`` reads it; and
+    ``react`` needs the mean squares of the features. A design whose state has other shapes than its parameter has also
+    ``share``, as in `Shared`.
     """
 
-    def accumulate(self, grad: Tensor, state: State, once: Once) -> State: ...
+    def accumulate(self, grad: Tensor, state: State, weights: Weights, once: Once) -> State: ...
 
     def features(self, param: Tensor, grad: Tensor, state: State) -> Tensor: ...
 
     def react(self, x: Tensor, squares: Tensor | None, step: Tensor, weights: Weights, once: Once) -> Tensor: ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """``share`` updates what needs all of a tensor: the new state, and views of it in the parameter's shape to read."""
+
+    def share(self, grad: Tensor, state: State, weights: Weights, once: Once) -> tuple[State, State]: ...
 
 
 @dataclass
@@ -95,6 +104,15 @@ class Chunked:
 
     def __call__(self, slots: Sequence[Slot], terms: Terms) -> None:
         size = SIZES.get(slots[0][0].device.type, SIZE)
+        if isinstance(self.optimizer, Shared):
+            # Vectors and matrices differ in what they share. One after the other: what is shared is made when needed.
+            for matrices in (False, True):
+                alike = (slot for slot in slots if slot[0].numel() and (slot[0].dim() > 1) is matrices)
+                self._run((_share(self.optimizer, slot, terms) for slot in alike), terms, size)
+        else:
+            self._run(slots, terms, size)
+
+    def _run(self, slots: Iterable[Slot], terms: Terms, size: int) -> None:
         for together in packed(slots, size):
             cut = self._cut(together[0], size)
             if not isinstance(self.optimizer, Normalized):
@@ -125,8 +143,8 @@ class Chunked:
     def _step_whole(self, slots: Sequence[Slot], terms: Terms) -> None:
         """Normalized: tensors that fit into one chunk. Mean squares differ by tensor, and so by element here."""
         param, grad, *old = _read(slots, terms)
-        state = self.optimizer.accumulate(grad, tuple(old), terms.once)
-        x = self.optimizer.features(param, grad, state)
+        state = self.optimizer.accumulate(grad, tuple(old), terms.weights, terms.once)
+        x = self.optimizer.features(param, grad, (*state, *old[len(state) :]))
         squares = x.square()
         if len(slots) > 1:
             counts = torch.tensor([slot[0].numel() for slot in slots], device=x.device)
@@ -170,8 +188,8 @@ def _change(optimizer: Coordinatewise, parts: Parts, step: Tensor, weights: Weig
 def _observe(optimizer: Normalized, parts: Parts, step: Tensor, weights: Weights, once: Once | None) -> Parts:
     """The sums of the features' squares, and the new state."""
     param, grad, *old = parts
-    state = optimizer.accumulate(grad, tuple(old), once or Once())
-    return optimizer.features(param, grad, state).square().sum(1), *state
+    state = optimizer.accumulate(grad, tuple(old), weights, once or Once())
+    return optimizer.features(param, grad, (*state, *old[len(state) :])).square().sum(1), *state
 
 
 def _react(
@@ -180,6 +198,15 @@ def _react(
     param, grad, *state = parts
     x = optimizer.features(param, grad, tuple(state))
     return optimizer.react(x, squares, step, weights, once or Once())
+
+
+def _share(optimizer: Shared, slot: Slot, terms: Terms) -> Slot:
+    param, grad, *old = slot
+    state, views = optimizer.share(grad, tuple(old), terms.weights, terms.once)
+    for part, new in zip(old, state, strict=True):
+        if new is not part:
+            part.copy_(new)
+    return (param, grad, *views)
 
 
 def _read(chunk: Sequence[Piece], terms: Terms) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_each_dtype_is_computed_as_by_the_functional_optimizer(
     assert kept == {torch.float64 if dtype == torch.float64 else torch.float32}
 
 
-@pytest.mark.parametrize("design", [MLPOptimizer, LSTMOptimizer])
+@designs
 def test_a_nan_stays_in_its_tensor(design: Any) -> None:
     params = [torch.ones(5).requires_grad_() for _ in range(3)]
     set_grads(params, 0)
@@ -302,10 +303,10 @@ def test_a_bad_group_is_not_added_and_a_bad_step_changes_nothing() -> None:
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("design", [MLPOptimizer, LSTMOptimizer], ids=lambda design: design.__name__)
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.__name__)
 def test_temporaries_are_bounded(design: Any) -> None:
     options: dict[str, Any] = {"units": 1} if design is LSTMOptimizer else {}
-    params = [torch.randn(count).requires_grad_() for count in (*[100] * 2000, 4_800_000)]
+    params = [torch.randn(shape).requires_grad_() for shape in (*[(100,)] * 2000, (2400, 2000))]
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer = Learned(params, learned(design, **options))
@@ -318,11 +319,24 @@ def test_temporaries_are_bounded(design: Any) -> None:
 def test_compiled_chunks_give_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chunked.SIZES, "cpu", 64)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what it would be given
-    for design in (MLPOptimizer, LSTMOptimizer):
+    for design in DESIGNS:
         params, opt = parameters(), learned(design)
         expected = functional_steps(opt, params, 3)
         steps(Learned(params, opt, compile=True), params, 3)
         assert_close(params, expected)
+
+
+@pytest.mark.parametrize("design", [MLPOptimizer, LSTMOptimizer], ids=lambda design: design.__name__)
+def test_nothing_is_compiled_twice(design: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setitem(chunked.SIZES, "cpu", 64)
+    torch._dynamo.reset()
+    params, opt = [p for p in parameters() if p.numel() != 1], learned(design)
+    expected = functional_steps(opt, params, 3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        steps(Learned(params, opt, compile=True), params, 3)
+    assert_close(params, expected)
 
 
 @designs
