@@ -21,7 +21,9 @@ def big_steps(design: type[LearnedOptimizer], dtype: torch.dtype = torch.float64
 
 def start(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
-    matrix, vector = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((3, 2), (4,)))
+    matrix, vector = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((3, 2), (4,))
+    )
     return {"layer": {"matrix": matrix}, "vector": vector}
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.learned.problems import DESIGNS, big_steps, meta_loss, start, unroll
 from torch import Tensor
 
 from metaopt.learned import LearnedOptimizer
+from tests.learned.problems import DESIGNS, big_steps, meta_loss, start, unroll
 
 STEPS = 5
 each_design = pytest.mark.parametrize("design", DESIGNS)
