@@ -7,6 +7,7 @@ d, a = MLP(x)                              p <- p - lr 0.001 d exp(0.001 a)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -127,21 +128,45 @@ class AdafactorMLPOptimizer(LearnedOptimizer):
         self, param: Tensor, grad: Tensor, step: Tensor, state: tuple[Tensor, ...], weights: Weights, once: Once
     ) -> tuple[Tensor, ...]:
         m, v, row, column = state
+        if param.dim() >= 2:
+            row, column = self._factor(grad, row, column, _mean_square, weights, once)
+        parts = _parts(m, v, row, column)
+        new = self.accumulate(grad, parts, weights, once)
+        x = self.features(param, grad, (*new, *parts[len(new) :]))
+        m, v, row = (*new, row)[:3]
+        return self.react(x, None, step, weights, once).view_as(param), m, v, row, column
+
+    # The same in parts, for those who step a large tensor in chunks.
+
+    def share(
+        self, grad: Tensor, state: tuple[Tensor, ...], weights: Weights, once: Once
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What needs all of a tensor: the state with its new row and column, and as views that end in its shape."""
+        m, v, row, column = state
+        if grad.dim() >= 2:
+            row, column = self._factor(grad, row, column, _mean_square_in_place, weights, once)
+        parts = _parts(m, v, row, column)
+        return (m, v, row, column), tuple(part.expand(-1, *grad.shape) for part in parts)
+
+    def accumulate(self, grad: Tensor, parts: tuple[Tensor, ...], weights: Weights, once: Once) -> tuple[Tensor, ...]:
+        """The first parts after this gradient: m, v, and row where that is as large."""
+        m, v, *rest = parts
         m = averaged(m, grad, once(_momentum_rates, weights["decays"]))
         v = averaged(v, grad.square(), once(_second_moment_rates, weights["second_moment_decays"]))
-        rate = once(_factored_rates, weights["factored_decays"])
-        if param.dim() < 2:
-            row = averaged(row, grad.square() + 1e-30, rate)
-            rows = columns = row
-            scale, scale_m = _safe_rsqrt(row + 1e-9), torch.rsqrt(row + 1e-6)
-        else:
-            smaller, largest = _largest_dimensions(param.shape)
-            row = averaged(row, (grad.square() + 1e-30).mean(largest), rate)
-            column = averaged(column, (grad.square() + 1e-30).mean(smaller), rate)
-            rows, columns = row.unsqueeze(1 + largest), column.unsqueeze(1 + smaller)
-            mean = rows.mean(1 + smaller, keepdim=True)
+        if len(rest) > 1:
+            return m, v
+        return m, v, averaged(rest[0], grad.square() + 1e-30, once(_factored_rates, weights["factored_decays"]))
+
+    def features(self, param: Tensor, grad: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The first 28 features, not yet normalised: (28, n)."""
+        m, v, rows, *rest = parts
+        if rest:
+            columns, mean = rest
             scale = scale_m = _safe_rsqrt(rows / (mean + 1e-9)) * _safe_rsqrt(columns)
             rows, columns = rows.expand_as(m), columns.expand_as(m)
+        else:
+            columns = rows
+            scale, scale_m = _safe_rsqrt(rows + 1e-9), torch.rsqrt(rows + 1e-6)
         root = torch.rsqrt(v + 1e-6)
         x = torch.cat(
             [
@@ -149,9 +174,47 @@ class AdafactorMLPOptimizer(LearnedOptimizer):
                 rows, columns, torch.rsqrt(rows + 1e-8), torch.rsqrt(columns + 1e-8), m * scale_m,
             ]
         )  # fmt: skip
-        direction, magnitude = network(weights, x.reshape(FEATURES, -1), once(time_features, step, param.dtype))
-        change = -self.step_scale * direction * torch.exp(self.magnitude_scale * magnitude)
-        return change.view_as(param), m, v, row, column
+        return x.reshape(FEATURES, -1)
+
+    def react(self, x: Tensor, squares: Tensor | None, step: Tensor, weights: Weights, once: Once) -> Tensor:
+        """What to add to n elements: as `MLPOptimizer.react`."""
+        direction, magnitude = network(weights, x, once(time_features, step, x.dtype), squares)
+        return -self.step_scale * direction * torch.exp(self.magnitude_scale * magnitude)
+
+    def _factor(
+        self,
+        grad: Tensor,
+        row: Tensor,
+        column: Tensor,
+        mean_square: Callable[[Tensor, int, torch.dtype], Tensor],
+        weights: Weights,
+        once: Once,
+    ) -> tuple[Tensor, Tensor]:
+        smaller, largest = _largest_dimensions(grad.shape)
+        rate = once(_factored_rates, weights["factored_decays"])
+        return (
+            averaged(row, mean_square(grad, largest, row.dtype), rate),
+            averaged(column, mean_square(grad, smaller, row.dtype), rate),
+        )
+
+
+def _parts(m: Tensor, v: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, ...]:
+    """The state by element: m, v and row of a vector; else m, v, row, column and the mean of row, to be broadcast."""
+    if m.dim() < 3:
+        return m, v, row
+    smaller, largest = _largest_dimensions(m.shape[1:])
+    rows, columns = row.unsqueeze(1 + largest), column.unsqueeze(1 + smaller)
+    return m, v, rows, columns, rows.mean(1 + smaller, keepdim=True)
+
+
+def _mean_square(grad: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return (grad.square() + 1e-30).mean(dim)
+
+
+def _mean_square_in_place(grad: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Without a tensor of the gradient's size; its derivative is NaN at 0."""
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, dtype=dtype)
+    return norm.square() / grad.shape[dim] + 1e-30
 
 
 def _largest_dimensions(shape: torch.Size) -> tuple[int, int]:

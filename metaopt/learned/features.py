@@ -53,19 +53,24 @@ def register(module: nn.Module, *sizes: int) -> None:
         module.register_parameter(f"bias{layer}", nn.Parameter(torch.zeros(fan_out)))
 
 
-def network(weights: Weights, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+def network(weights: Weights, x: Tensor, time: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Two hidden layers of rectifiers on normalised features and the time: two outputs, each of shape (n,).
 
     Args:
         weights: as `register` makes them.
         x: features (k, n). Each is divided by its root mean square over the elements.
         time: features that all elements share (m,).
+        squares: the mean squares: (k,) if the n elements are a part of their tensor, (k, n) if they are of several.
     """
     k = x.shape[0]
-    scale = torch.rsqrt(x.square().mean(1) + 1e-5)
+    scale = torch.rsqrt((x.square().mean(1) if squares is None else squares) + 1e-5)
     # A scale and a shared feature enter through the first layer: nothing of size n is made for them.
-    first, bias = weights["weight1"][:, :k] * scale, weights["weight1"][:, k:] @ time + weights["bias1"]
-    h = torch.relu(first @ x + bias[:, None])
-    h = torch.relu(weights["weight2"] @ h + weights["bias2"][:, None])
-    direction, magnitude = weights["weight3"] @ h + weights["bias3"][:, None]
+    first, bias = weights["weight1"][:, :k], weights["weight1"][:, k:] @ time + weights["bias1"]
+    if scale.dim() == 2:
+        x = x * scale
+    else:
+        first = first * scale
+    h = torch.addmm(bias[:, None], first, x).relu_()
+    h = torch.addmm(weights["bias2"][:, None], weights["weight2"], h).relu_()
+    direction, magnitude = torch.addmm(weights["bias3"][:, None], weights["weight3"], h)
     return direction, magnitude

@@ -61,6 +61,7 @@ class LSTMOptimizer(LearnedOptimizer):
 
     State = LSTMState
     architecture = "lstm"
+    coordinatewise = True  # `change` may be called on any part of a tensor
 
     def __init__(self, units: int = 20, output_scale: float = 0.1, lr: float = 1.0) -> None:
         super().__init__(lr)

@@ -90,13 +90,33 @@ class MLPOptimizer(LearnedOptimizer):
 
     def change(
         self, param: Tensor, grad: Tensor, step: Tensor, state: tuple[Tensor, ...], weights: Weights, once: Once
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
+        state = self.accumulate(grad, state, weights, once)
+        return self.react(self.features(param, grad, state), None, step, weights, once).view_as(param), *state
+
+    # The same in parts, for those who step a large tensor in chunks: what is after `accumulate` needs its mean squares.
+
+    def accumulate(self, grad: Tensor, state: tuple[Tensor, ...], weights: Weights, once: Once) -> tuple[Tensor, ...]:
+        """The state after this gradient, of a tensor or any part of it."""
         (momenta,) = state
-        momenta = averaged(momenta, grad, once(_rates, param.dtype, param.device))
-        x = torch.cat([grad.reshape(1, -1), param.reshape(1, -1), momenta.reshape(len(DECAYS), -1)])
-        direction, magnitude = network(weights, x, once(time_features, step, param.dtype))
-        change = -self.step_scale * direction * torch.exp(self.magnitude_scale * magnitude)
-        return change.view_as(param), momenta
+        return (averaged(momenta, grad, once(_rates, grad.dtype, grad.device)),)
+
+    def features(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """The first eight features, not yet normalised: (8, n)."""
+        (momenta,) = state
+        return torch.cat([grad.reshape(1, -1), param.reshape(1, -1), momenta.reshape(len(DECAYS), -1)])
+
+    def react(self, x: Tensor, squares: Tensor | None, step: Tensor, weights: Weights, once: Once) -> Tensor:
+        """What to add to n elements.
+
+        Args:
+            x: their features.
+            squares: the mean of each feature's squares over the tensor, (8,); (8, n) if the elements are of several
+                tensors; None if they are all of one.
+            step, weights, once: as for `change`.
+        """
+        direction, magnitude = network(weights, x, once(time_features, step, x.dtype), squares)
+        return -self.step_scale * direction * torch.exp(self.magnitude_scale * magnitude)
 
 
 def _rates(dtype: torch.dtype, device: torch.device) -> Tensor:

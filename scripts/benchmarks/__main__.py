@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = {
+    "learned": "one step by a learned optimizer: beside Adam, and against the machine's matrix rate",
     "step": "one optimizer step: torch's, compiled, and fused, against the memory's bandwidth",
     "tasks": "a meta-gradient of many tasks: vmapped, against a Python loop over them",
     "unroll": "d meta-loss / d lr through training: ours and its peers, against plain training",
