@@ -30,7 +30,11 @@ def test_a_round_trip_gives_the_same_optimizer(optimizer: Any, tmp_path: Path) -
     assert repr(again) == repr(optimizer)
     assert learned.card(path) == "Mine.\nOn what it was trained."
     params, grads = {"w": torch.randn(3, 2)}, {"w": torch.randn(3, 2)}
-    for a, b in zip(optimizer.step(params, grads, optimizer.init(params)), again.step(params, grads, again.init(params)), strict=True):
+    for a, b in zip(
+        optimizer.step(params, grads, optimizer.init(params)),
+        again.step(params, grads, again.init(params)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
 
 
