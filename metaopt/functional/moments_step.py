@@ -14,6 +14,7 @@ are a kernel each.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -231,6 +232,9 @@ class _Step(torch.autograd.Function):
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
         )
+
+
+_Step.forward.__signature__ = inspect.signature(_Step.forward)  # type: ignore[attr-defined]  # torch asks at each step
 
 
 def _root(x: Tensor) -> Tensor:

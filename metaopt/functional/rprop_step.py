@@ -10,6 +10,7 @@ elements on a CPU, the step and a first derivative that is not differentiated ag
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -131,3 +132,6 @@ class _Step(torch.autograd.Function):
         to_size = torch.where(scaled > i.largest, of(d.largest), to_size)
         sign = torch.sign(i.grad) * (1.0 - flipped)
         return of(d.param) - sign * to_size, of(d.grad).masked_fill(flipped > 0, 0.0), to_size
+
+
+_Step.forward.__signature__ = inspect.signature(_Step.forward)  # type: ignore[attr-defined]  # torch asks at each step

@@ -38,37 +38,33 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None], cotan
     if refusal(first) is not None:
         return False
     given = [c for c in coefficients if c is not None]
-    per_element = (*tensors, *cotangents)
-    if all(c.dim() == 0 for c in given):
-        placed = all(c.device in (device, _CPU) for c in given)
-    else:  # values of their own for every parameter, in an unroll of all in one vector
-        placed = all(c.shape == shape and c.device == device and c.is_contiguous() for c in given)
-    return (
-        placed
-        and all(t.shape == shape and t.dtype == dtype and t.device == device for t in per_element)
-        and all(c.dtype in (dtype, torch.bool) for c in given)
-        and all(t.is_contiguous() for t in tensors)
-        and all(_is_its_memory(t) for t in (*per_element, *given))
-    )
+    single = all(c.dim() == 0 for c in given)
+    for c in given:  # else values of their own for every parameter, in an unroll of all in one vector
+        if c.dtype not in (dtype, torch.bool) or not (c.device == device or (single and c.is_cpu)):
+            return False
+        if not (single or (c.shape == shape and c.is_contiguous())) or not _is_its_memory(c):
+            return False
+    for t in (*tensors, *cotangents):
+        if t.shape != shape or t.dtype != dtype or t.device != device or not _is_its_memory(t):
+            return False
+    return all(t.is_contiguous() for t in tensors)
 
 
-_CPU = torch.device("cpu")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _is_its_memory(tensor: Tensor) -> bool:
     """Whether a tensor's memory is all there is to it: no subclass, no batch of vmap, no tangent of forward mode."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in _PLAIN
         and not _is_wrapped(tensor)
         and not _is_batched(tensor)
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
         and (forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None)
     )
-
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def kernels(step: str, like: Tensor) -> tuple[Any, Any]:
