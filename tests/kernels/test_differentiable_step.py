@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from metaopt.functional.rprop_step import rprop_step
 from metaopt.kernels import differentiable as dispatch
 from metaopt.kernels import support
+from tests.kernels.steps import CASES, F64, UNROLLS, Problem, assert_near, hypergradient, operations
 
 INTERPRETED = support.interpreted()
 if INTERPRETED:
@@ -27,7 +28,6 @@ else:
     pytest.importorskip("numba", reason='it comes with pip install "metaopt[fused]"')
     from metaopt.kernels.cpu import differentiable, threads
     from metaopt.kernels.cpu.tiles import TILE as BLOCK
-from tests.kernels.steps import CASES, F64, UNROLLS, Problem, assert_near, hypergradient, operations
 
 # The interpreter computes with numpy, which warns of a division by 0 that a GPU takes in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -23,6 +23,7 @@ def forward(i: Any, new: Any, each: bool, size: int, one: Any, begin: int, end: 
     if not each:
         fill(c, i, each, 0, TILE)
     h, root, d, direction = scratch(4, i, one)
+    flags = deciding(i, each)
     stop = min(end * block, size)
     for start in range(begin * block, stop, TILE):
         count = min(TILE, stop - start)
@@ -35,8 +36,8 @@ def forward(i: Any, new: Any, each: bool, size: int, one: Any, begin: int, end: 
         denominator(i, c, count, new_v, root, d)
         for k in range(count):
             direction[k] = new_m[k] / d[k]
-        if i[RECTIFIED]:
-            select(i[RECTIFIED], each, start, count, direction, new_m)
+        if flags:
+            select(flags, each, start, count, direction, new_m)
         p = array_at(i[PARAM], start, count, one)
         if i[SHRINK]:
             for k in range(count):
@@ -61,6 +62,7 @@ def backward(
     sums = np.zeros((END, TILE))
     ones, h, new_m, new_v, root, d, direction, through, to_eps, to_root, to_m, to_v, to_h, other = scratch(14, i, one)
     ones[:] = one
+    flags = deciding(i, each)
     stop = min(end * block, size)
     for start in range(begin * block, stop, TILE):
         count = min(TILE, stop - start)
@@ -80,14 +82,14 @@ def backward(
             through[k] = step_size[k] * to_p[k] / d[k]
         for k in range(count):
             to_eps[k] = through[k] * direction[k]
-        if i[RECTIFIED]:
+        if flags:
             for k in range(count):
                 other[k] = step_size[k] * to_p[k]
-            select(i[RECTIFIED], each, start, count, through, other)
-            select(i[RECTIFIED], each, start, count, direction, new_m)
+            select(flags, each, start, count, through, other)
+            select(flags, each, start, count, direction, new_m)
             for k in range(count):
                 other[k] = zero
-            select(i[RECTIFIED], each, start, count, to_eps, other)
+            select(flags, each, start, count, to_eps, other)
         for k in range(count):
             to_m[k] = to_new_m[k] - through[k]
         for k in range(count):
@@ -195,6 +197,15 @@ def denominator(i: Any, c: Any, count: int, new_v: Any, root: Any, d: Any) -> No
     else:
         for k in range(count):
             d[k] = root[k] + eps[k]
+
+
+@inlined
+def deciding(i: Any, each: bool) -> Any:
+    """Where the flags are of which steps are rectified; 0 if all are."""
+    flags = i[RECTIFIED]
+    if flags and not each and array_at(flags, 0, 1, np.uint8(0))[0]:
+        flags = 0
+    return flags
 
 
 @inlined
