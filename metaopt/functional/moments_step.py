@@ -8,18 +8,20 @@ One autograd.Function keeps p, g, m and v by reference, 16 bytes a float32 eleme
 same step keeps about twice that, and runs slower. The formulas below are those of its vector-Jacobian product, with P,
 M, V for the cotangents of p', m', v', and of its Jacobian-vector product; both are made of torch operations, so that
 derivatives of any order follow. Under torch.compile, which makes its own, and under vmap, the operations stand for
-themselves; on a GPU the step and a first derivative that is not differentiated again are a kernel each.
+themselves; on a GPU, and for many elements on a CPU, the step and a first derivative that is not differentiated again
+are a kernel each.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaopt.kernels.differentiable import fits
+from metaopt.kernels.differentiable import fits, kernels
 from metaopt.numerics import safe_sqrt
 
 
@@ -103,9 +105,9 @@ class _Step(torch.autograd.Function):
     def forward(*inputs: Any) -> Result:
         i = Inputs(*inputs)
         if fits(i[:4], i[4:-1]):
-            from metaopt.kernels.gpu import differentiable, moments_step
-
-            return differentiable.forward(moments_step.forward, i, MAXIMIZE=i.maximize)
+            launch, kernel = kernels("moments_step", i.param)
+            result: Result = launch.forward(kernel.forward, i, MAXIMIZE=i.maximize)
+            return result
         return composed(i, root=torch.sqrt)
 
     @staticmethod
@@ -124,10 +126,12 @@ class _Step(torch.autograd.Function):
         *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
         i = Inputs(*(*tensors, ctx.maximize))
         if not torch.is_grad_enabled() and fits(i[:4], i[4:-1], cotangents):
-            from metaopt.kernels.gpu import differentiable, moments_step
-
-            kernel, as_is = moments_step.backward, i.shrink is None and i.weight_decay is None
-            return differentiable.backward(kernel, i, cotangents, ctx.needs_input_grad, as_is, MAXIMIZE=i.maximize)
+            launch, kernel = kernels("moments_step", i.param)
+            as_is, flags = i.shrink is None and i.weight_decay is None, {"MAXIMIZE": i.maximize}
+            grads: tuple[Any, ...] = launch.backward(
+                kernel.backward, i, cotangents, ctx.needs_input_grad, as_is, **flags
+            )
+            return grads
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
         moved = i.step_size * to_p
@@ -228,6 +232,9 @@ class _Step(torch.autograd.Function):
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
         )
+
+
+_Step.forward.__signature__ = inspect.signature(_Step.forward)  # type: ignore[attr-defined]  # torch asks at each step
 
 
 def _root(x: Tensor) -> Tensor:

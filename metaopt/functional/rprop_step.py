@@ -4,18 +4,19 @@ r"""The step of Rprop with its derivatives by hand.
     size' = clamp(x, lo, hi)     prev' = g (0 where r < 0)     p' = p - sign(prev') size'
 
 One autograd.Function keeps g, prev and size by reference, 12 bytes a float32 element. With P, Q, S for the cotangents
-of p', prev' and size', everything but Q reaches its source through B = S - P sign(prev'). On a GPU the step and a first
-derivative that is not differentiated again are a kernel each.
+of p', prev' and size', everything but Q reaches its source through B = S - P sign(prev'). On a GPU, and for many
+elements on a CPU, the step and a first derivative that is not differentiated again are a kernel each.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaopt.kernels.differentiable import fits
+from metaopt.kernels.differentiable import fits, kernels
 
 
 class Inputs(NamedTuple):
@@ -67,9 +68,9 @@ class _Step(torch.autograd.Function):
     def forward(*inputs: Any) -> Result:
         i = Inputs(*inputs)
         if fits(i[:4], i[4:]):
-            from metaopt.kernels.gpu import differentiable, rprop_step
-
-            return differentiable.forward(rprop_step.forward, i)
+            launch, kernel = kernels("rprop_step", i.param)
+            result: Result = launch.forward(kernel.forward, i)
+            return result
         return composed(i)
 
     @staticmethod
@@ -87,9 +88,11 @@ class _Step(torch.autograd.Function):
         to_p, to_prev, to_size = cotangents
         i = Inputs(to_p, *ctx.saved_tensors)  # the parameter itself is not read
         if not torch.is_grad_enabled() and fits(i[1:4], i[4:], cotangents):
-            from metaopt.kernels.gpu import differentiable, rprop_step
-
-            return differentiable.backward(rprop_step.backward, i, cotangents, ctx.needs_input_grad, param_as_is=True)
+            launch, kernel = kernels("rprop_step", i.grad)
+            grads: tuple[Any, ...] = launch.backward(
+                kernel.backward, i, cotangents, ctx.needs_input_grad, param_as_is=True
+            )
+            return grads
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
         kept, flipped = _agreement(i)
         factor = _factor(i, kept, flipped)
@@ -129,3 +132,6 @@ class _Step(torch.autograd.Function):
         to_size = torch.where(scaled > i.largest, of(d.largest), to_size)
         sign = torch.sign(i.grad) * (1.0 - flipped)
         return of(d.param) - sign * to_size, of(d.grad).masked_fill(flipped > 0, 0.0), to_size
+
+
+_Step.forward.__signature__ = inspect.signature(_Step.forward)  # type: ignore[attr-defined]  # torch asks at each step

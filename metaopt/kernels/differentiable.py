@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from metaopt.kernels.support import interpreted, refusal
+
+# Elements, on a CPU: fewer are not worth some ten seconds of compiling, once for an installation.
+LEAST = 4096
 
 
 def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None], cotangents: Sequence[Tensor] = ()) -> bool:
@@ -20,39 +26,58 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None], cotan
         cotangents: of the results; any strides.
 
     Example:
-        >>> fits([torch.zeros(3, dtype=torch.float16)] * 4, [])  # nor anything on a CPU, but in Triton's interpreter
+        >>> fits([torch.zeros(3, dtype=torch.float16)] * 4, [])  # nor three elements of any dtype on a CPU
         False
     """
     first = tensors[0]
-    if not (first.is_cuda or interpreted()) or first.dtype not in (torch.float32, torch.float64):
+    device, dtype, shape, count = first.device, first.dtype, first.shape, first.numel()
+    if dtype not in (torch.float32, torch.float64) or count == 0:
         return False
-    if refusal(first) is not None or first.numel() == 0:
+    if not first.is_cuda and not interpreted() and (count < LEAST or not first.is_cpu):
+        return False
+    if refusal(first) is not None:
         return False
     given = [c for c in coefficients if c is not None]
-    per_element = (*tensors, *cotangents)
-    if all(c.dim() == 0 for c in given):
-        placed = all(c.device in (first.device, _CPU) for c in given)
-    else:  # values of their own for every parameter, in an unroll of all in one vector
-        placed = all(c.shape == first.shape and c.device == first.device and c.is_contiguous() for c in given)
-    return (
-        placed
-        and all((t.shape, t.dtype, t.device) == (first.shape, first.dtype, first.device) for t in per_element)
-        and all(t.is_contiguous() for t in tensors)
-        and all(_is_its_memory(t) for t in (*per_element, *given))
-    )
+    single = all(c.dim() == 0 for c in given)
+    for c in given:  # else values of their own for every parameter, in an unroll of all in one vector
+        if c.dtype not in (dtype, torch.bool) or not (c.device == device or (single and c.is_cpu)):
+            return False
+        if not (single or (c.shape == shape and c.is_contiguous())) or not _is_its_memory(c):
+            return False
+    for t in (*tensors, *cotangents):
+        if t.shape != shape or t.dtype != dtype or t.device != device or not _is_its_memory(t):
+            return False
+    return all(t.is_contiguous() for t in tensors)
 
 
-_CPU = torch.device("cpu")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _is_its_memory(tensor: Tensor) -> bool:
     """Whether a tensor's memory is all there is to it: no subclass, no batch of vmap, no tangent of forward mode."""
-    functorch = torch._C._functorch
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not functorch.is_functorch_wrapped_tensor(tensor)
-        and not functorch.is_legacy_batchedtensor(tensor)
+        type(tensor) in _PLAIN
+        and not _is_wrapped(tensor)
+        and not _is_batched(tensor)
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
-        and forward_ad.unpack_dual(tensor).tangent is None
+        and (forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None)
     )
+
+
+def kernels(step: str, like: Tensor) -> tuple[Any, Any]:
+    """What runs the kernels of a step on a tensor's device (``forward``, ``backward``), and the module of the kernels.
+
+    Args:
+        step: its module's name.
+        like: a tensor for which ``fits`` is true.
+    """
+    return _modules(step, "gpu" if like.is_cuda or interpreted() else "cpu")
+
+
+@functools.cache
+def _modules(step: str, device: str) -> tuple[Any, Any]:
+    room = f"metaopt.kernels.{device}"
+    return importlib.import_module(f"{room}.differentiable"), importlib.import_module(f"{room}.{step}")

@@ -1,4 +1,8 @@
-"""The kernels of the differentiable steps against torch's operations: ``TRITON_INTERPRET=1``, see ``scripts/test``."""
+"""The kernels of the differentiable steps against torch's operations.
+
+Run twice by scripts/test: as it is, which tries the numba passes, and with TRITON_INTERPRET=1, which tries the Triton
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,38 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metaopt.functional.rprop_step import rprop_step
+from metaopt.kernels import differentiable as dispatch
 from metaopt.kernels import support
-
-pytest.importorskip("triton", reason="triton's wheels are for Linux")
-from metaopt.kernels.gpu import differentiable
 from tests.kernels.steps import CASES, F64, UNROLLS, Problem, assert_near, hypergradient, operations
 
-pytestmark = [
-    pytest.mark.skipif(not support.interpreted(), reason="without TRITON_INTERPRET=1 a kernel needs a GPU"),
-    # The interpreter computes with numpy, which warns of a division by 0 that a GPU takes in silence.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+INTERPRETED = support.interpreted()
+if INTERPRETED:
+    pytest.importorskip("triton", reason="triton's wheels are for Linux")
+    from metaopt.kernels.gpu import differentiable
+    from metaopt.kernels.gpu.differentiable import BLOCK
+else:
+    pytest.importorskip("numba", reason='it comes with pip install "metaopt[fused]"')
+    from metaopt.kernels.cpu import differentiable, threads
+    from metaopt.kernels.cpu.tiles import TILE as BLOCK
+
+# The interpreter computes with numpy, which warns of a division by 0 that a GPU takes in silence.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+ON_CPU = pytest.mark.skipif(INTERPRETED, reason="of the numba passes")
 
 F32 = torch.float32
-BLOCK = differentiable.BLOCK
 SIZES = (1, 1000, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 
 CASE = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that have been launched."""
+    """The kernels that have been launched, over however few elements."""
+    monkeypatch.setattr(dispatch, "LEAST", 1)
     found: list[str] = []
     launch = differentiable._launch
     monkeypatch.setattr(
-        differentiable, "_launch", lambda kernel, *args: (found.append(kernel.__name__), launch(kernel, *args))
+        differentiable, "_launch", lambda kernel, *args: (found.append(kernel.__name__), launch(kernel, *args))[1]
     )
     return found
 
@@ -89,6 +99,28 @@ def test_sums_over_blocks_are_added_in_double_precision() -> None:
     cotangent[0], cotangent[BLOCK::BLOCK] = 2.0**24, 1.0
     (gradient,) = torch.autograd.grad(size, inputs.largest, cotangent)
     assert gradient == 2.0**24 + 4.0
+
+
+@ON_CPU
+@pytest.mark.parametrize("case", ["adamw, maximize", "rprop"])
+def test_threads_share_the_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(case, 2 * threads.BLOCK + 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = problem.step(problem.inputs), problem.gradients(problem.step)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    shared = problem.step(problem.inputs), problem.gradients(problem.step)
+    assert all(torch.equal(mine, other) for mine, other in zip(shared[0], alone[0], strict=True))
+    for name, gradient in alone[1].items():
+        assert_near(shared[1][name], gradient, 1e-13, name)
+
+
+@ON_CPU
+def test_few_elements_wait_for_no_compiler(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "LEAST", 7)
+    for size in (6, 7):
+        problem = Problem("adam", size)
+        problem.gradients(problem.step)
+        assert launches == (["forward", "backward"] if size == 7 else [])
 
 
 @pytest.mark.parametrize("case", ["radam, maximize", "adam, without eps", "adamw, maximize", "rprop"])
@@ -153,13 +185,14 @@ def test_what_a_kernel_cannot_take_goes_through_the_operations(case: str, launch
     mixed = problem.with_learned(lambda x: x.expand(6).clone(), [coefficient])
     half = problem.with_learned(torch.Tensor.half)
     empty = problem.with_learned(lambda x: x[:0], problem.learned[:4])
-    for inputs in (strided, mixed, half, empty):
+    other = problem.with_learned(torch.Tensor.float, [coefficient])
+    for inputs in (strided, mixed, half, empty, other):
         for got, wanted in zip(problem.step(inputs), problem.module.composed(inputs), strict=True):
             torch.testing.assert_close(got, wanted)
     assert launches == []
 
 
-def test_without_triton_the_operations_stand_for_the_kernels(
+def test_without_their_compiler_the_operations_stand_for_the_kernels(
     launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(support, "_installed", lambda module: False)

@@ -10,14 +10,18 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The function in machine code that releases the GIL, kept on disk for the next process where that is possible."""
-    compiler = partial(njit, nogil=True, error_model="numpy")
+    compiler = partial(njit, nogil=True, error_model="numpy", **options)
     try:
         made: Callable[..., Any] = compiler(cache=True)(function)
     except RuntimeError:  # there is no folder to write to
         made = compiler()(function)
     return made
+
+
+# Put in the place of its call before LLVM sees it, which often vectorizes the loops of a caller alone.
+inlined = partial(compiled, inline="always")
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +11,8 @@ from torch import Tensor
 
 from metaopt.kernels import layout
 from metaopt.kernels.cpu import radam, rprop
+from metaopt.kernels.cpu.threads import BLOCK, parallel
 
-BLOCK = 1 << 14  # elements: the least that is worth a thread's while
 TYPES = {
     torch.float32: np.float32,
     torch.complex64: np.float32,
@@ -48,28 +44,8 @@ def step(
         radam.prepare(table, coefficients, beta1, beta2)
         scalars = np.array([*numbers, 1 - beta1, 1 - beta2, 1 - lr * weight_decay], dtype=precision)
         arguments = (coefficients.astype(precision), scalars, scale, flags["maximize"], flags["decoupled"])
-        _parallel(partial(radam.update, table, owners, *arguments), len(owners))
+        parallel(partial(radam.update, table, owners, *arguments), len(owners))
     else:
         rprop.prepare(table)
         scalars = np.array(numbers, dtype=precision)
-        _parallel(partial(rprop.update, table, owners, scalars, scale, flags["maximize"]), len(owners))
-
-
-def _parallel(work: Any, blocks: int) -> None:
-    """``work(begin, end, BLOCK)`` over all blocks, cut into one stretch a thread."""
-    threads = max(1, min(torch.get_num_threads(), blocks))
-    if threads == 1:
-        work(0, blocks, BLOCK)
-        return
-    cuts = [math.ceil(blocks * i / threads) for i in range(threads + 1)]
-    futures = [_pool(threads).submit(work, begin, end, BLOCK) for begin, end in itertools.pairwise(cuts)]
-    for future in futures:
-        future.result()
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="metaopt")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+        parallel(partial(rprop.update, table, owners, scalars, scale, flags["maximize"]), len(owners))
