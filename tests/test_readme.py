@@ -12,7 +12,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_is_an_example_for_each_way_in():
-    ways = ("metaopt.functional", "metaopt.optim", "metaopt.inner_loop", "compare")
+    ways = ("metaopt.functional", "metaopt.optim", "metaopt.inner_loop", "compare", "metaopt.learned")
     for name, example in zip(ways, EXAMPLES, strict=True):
         assert name in example
 
