@@ -22,6 +22,7 @@ STUDIES = (
     "hyper_cleaning",
     "hypergradient_descent",
     "lr_schedules",
+    "learned_quadratics",
 )
 
 

@@ -30,7 +30,7 @@ import metaopt
 from experiments.parts.study import save_figure
 from experiments.parts.tuning import HAND_DESIGNED, Trained, judged, tuned
 from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
-from metaopt.metagrad import Unrolled
+from metaopt.metagrad import PES, Estimator, Unrolled
 from metaopt.tasks import MNIST1D, Classification, Replicas, load_digits
 
 # Scales with which an untrained step is small beside the weights of a network, and a trained one need not be.
@@ -50,6 +50,11 @@ def network(*widths: int, inputs: int = 40) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
 
 
+ESTIMATORS: Mapping[str, Callable[[int], Estimator]] = {
+    "unrolled": lambda horizon: Unrolled(horizon, "inner"),
+    "truncated": lambda horizon: Unrolled(horizon, "inner", truncation=max(1, horizon // 5), carry=True),
+    "pes": lambda horizon: PES(horizon, max(1, horizon // 5), std=0.01, pairs=16, objective="inner"),
+}
 # Shares of the meta-steps, and the horizons that they unroll as shares of the trained one: short ones first, through
 # which gradients are tame.
 CURRICULUM = ((0.25, 0.2), (0.3, 0.5), (0.45, 1.0))
@@ -62,6 +67,8 @@ class Config:
     design: Literal["mlp", "lstm", "adafactor"] = "mlp"
     shipped: str | None = None
     """Name of shipped weights to compare, in place of meta-training."""
+    estimator: Literal["unrolled", "truncated", "pes"] = "unrolled"
+    """Through the whole horizon; in windows of a fifth of it; or PES in such windows, 16 pairs."""
     horizon: int = 100
     """Inner steps."""
     batch_size: int = 50
@@ -106,7 +113,7 @@ def meta_train(config: Config, learned: LearnedOptimizer, console: Console) -> l
         horizon, steps = max(1, round(part * config.horizon)), max(1, round(share * config.meta_steps))
         console.print(f"{steps} meta-steps through {horizon} steps")
         # The mean of the inner losses: with the last alone, what is learned is better on this task and worse elsewhere.
-        estimator = Unrolled(horizon, "inner")
+        estimator = ESTIMATORS[config.estimator](horizon)
         result = metaopt.meta_train(task, learned, learned, estimator, meta_optimizer, steps=steps, generator=generator)
         history += result.history
     return history

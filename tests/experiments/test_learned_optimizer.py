@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ def test_meta_training_lowers_the_loss_at_the_end_of_training(design: str) -> No
     meta_train(config, learned, Console(quiet=True))
     after = judged(task, learned, "after", None, steps, 8)
     assert after.mean < before.mean - 4 * (before.error**2 + after.error**2) ** 0.5
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "pes"])
+def test_windows_can_meta_train_too(estimator: Any) -> None:
+    config = Config(horizon=10, meta_steps=4, replicas=1, estimator=estimator)
+    learned = DESIGNS["adafactor"]()
+    before = [p.detach().clone() for p in learned.parameters()]
+    history = meta_train(config, learned, Console(quiet=True))
+    assert len(history) == 4
+    assert any(not torch.equal(p, old) for p, old in zip(learned.parameters(), before, strict=True))
 
 
 def test_tuning_finds_the_best_of_the_grid_on_other_seeds() -> None:
