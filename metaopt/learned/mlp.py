@@ -39,8 +39,8 @@ class MLPOptimizer(LearnedOptimizer):
     The outputs d and a change the parameter by ``-lr step_scale d exp(magnitude_scale a)``. Untrained, the root mean
     square of d is about .25 (.07 to .67 over 50 seeds): small steps in a random direction.
 
-    The features, scales and initialisation are those of the authors' published code (``MLPLOpt``). The paper of 2019
-    differs: it has one hidden layer, second moments beside the momenta, and no decay of .1.
+    The features, scales and initialisation are those of the authors' published code (``MLPLOpt``), which has no second
+    moments among its features.
 
     Args:
         hidden: units of a hidden layer, >= 1.
