@@ -28,6 +28,7 @@ from torch import Generator
 import metaopt
 from experiments.parts import figure, table
 from experiments.parts.evaluation import Contender, Result, evaluate, read
+from experiments.parts.meta_optimizer import annealed_adam
 from experiments.parts.running import Trial, random_search
 from experiments.parts.space import RADAM, RPROP, Range, Space, draw, fill
 from metaopt import PerParameter, Schedule
@@ -162,17 +163,7 @@ def learn(config: Config, optimizer: str, name: str, space: str) -> tuple[list[d
     task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
     opt, names = make(), Tree(task.init(None)).names
     hyper = metaopt.Hyperparameters(opt, learn=starts(config, optimizer, names, space))
-    meta_optimizer = torch.optim.Adam(hyper.parameters(), lr=config.meta_lr, betas=(0.9, 0.99))
-    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, config.meta_steps)
-
-    def clip(*_: Any) -> None:
-        torch.nn.utils.clip_grad_norm_(hyper.parameters(), config.clip)
-
-    def anneal(*_: Any) -> None:
-        annealing.step()
-
-    meta_optimizer.register_step_pre_hook(clip)
-    meta_optimizer.register_step_post_hook(anneal)
+    meta_optimizer = annealed_adam(hyper, config.meta_lr, config.meta_steps, config.clip, betas=(0.9, 0.99))
     result = metaopt.meta_train(
         Replicas(task, config.replicas),
         opt,

@@ -1,6 +1,6 @@
 """A learned optimizer: meta-trained through training on MNIST-1D, and compared with what it should beat.
 
-    python -m experiments.learned_optimizer                         # meta-trains the MLP: ten minutes on two cores
+    python -m experiments.learned_optimizer                         # meta-trains the MLP: some twelve minutes
     python -m experiments.learned_optimizer --design lstm
     python -m experiments.learned_optimizer --shipped mlp-mnist1d   # only compares the weights that come with metaopt
 
@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import nn
 
 import metaopt
+from experiments.parts.meta_optimizer import annealed_adam
 from experiments.parts.study import save_figure
 from experiments.parts.tuning import HAND_DESIGNED, Trained, judged, tuned
 from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
@@ -99,14 +100,7 @@ class Config:
 def meta_train(config: Config, learned: LearnedOptimizer, console: Console) -> list[dict[str, Any]]:
     """Through the curriculum; what was logged at each meta-step."""
     task = Replicas(MNIST1D(partial(network, 50), config.batch_size), config.replicas)
-    meta_optimizer = torch.optim.Adam(learned.parameters(), lr=config.meta_lr)
-    anneal = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, config.meta_steps)
-
-    def clip(*_: Any) -> None:
-        nn.utils.clip_grad_norm_(learned.parameters(), config.clip, error_if_nonfinite=True)
-
-    meta_optimizer.register_step_pre_hook(clip)
-    meta_optimizer.register_step_post_hook(lambda *_: anneal.step())
+    meta_optimizer = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
     generator = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, Any]] = []
     for share, part in CURRICULUM:

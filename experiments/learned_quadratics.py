@@ -1,6 +1,6 @@
 """A learned optimizer on random quadratics, meta-trained through truncated unrolls.
 
-    python -m experiments.learned_quadratics        # some four minutes
+    python -m experiments.learned_quadratics        # some two minutes
 
 Every meta-gradient is that of fresh tasks: f(x) = |W x - y|^2 in ten dimensions, W and y normal, as in the first study
 of learned optimizers; windows of 20 of 200 steps.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 import metaopt
+from experiments.parts.meta_optimizer import annealed_adam
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt import functional
 from metaopt.functional import Optimizer
@@ -80,14 +80,7 @@ def curve(opt: Optimizer, config: Config, lr: float | None = None) -> list[float
 def meta_train(config: Config) -> MLPOptimizer:
     torch.manual_seed(config.seed)
     learned = MLPOptimizer(step_scale=0.1, magnitude_scale=1.0)
-    meta_optimizer = torch.optim.Adam(learned.parameters(), lr=config.meta_lr)
-    anneal = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, config.meta_steps)
-
-    def clip(*_: object) -> None:
-        nn.utils.clip_grad_norm_(learned.parameters(), config.clip, error_if_nonfinite=True)
-
-    meta_optimizer.register_step_pre_hook(clip)
-    meta_optimizer.register_step_post_hook(lambda *_: anneal.step())
+    meta_optimizer = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
     metaopt.meta_train(
         TaskBatch(FAMILY, config.tasks),
         learned,
