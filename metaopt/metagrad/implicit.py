@@ -18,11 +18,10 @@ from metaopt.checks import check_count, check_real
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
 from metaopt.metagrad.objective import check_objective
-from metaopt.metagrad.ongoing import ongoing
+from metaopt.metagrad.ongoing import Resumable, Start
 from metaopt.metagrad.solvers import Product, Solution, Vector, added, conjugate_gradient, neumann, norm
 from metaopt.metagrad.stationarity import refuse_steering, stationarity
 from metaopt.tasks import Task, TaskBatch
-from metaopt.tasks.family import drawn
 from metaopt.unroll.make import make_program
 from metaopt.unroll.program import Sources
 from metaopt.unroll.stretch import Unroll
@@ -46,12 +45,19 @@ class _Trained(NamedTuple):
     """What a warm start begins with."""
 
     owners: tuple[Any, ...]
-    params: Any
+    start: Start
     solution: Vector
     first: float  # norm of the inner gradient at the start of all training
 
+    def state(self) -> dict[str, Any]:
+        return {**self.start.state(), "solution": list(self.solution), "first": self.first}
 
-class Implicit:
+    @staticmethod
+    def restored(state: dict[str, Any], owners: tuple[Any, ...], generator: Generator | None) -> _Trained:
+        return _Trained(owners, Start.restored(state, owners[0], generator), state["solution"], state["first"])
+
+
+class Implicit(Resumable):
     """Implicit differentiation of the inner minimum.
 
     Trains for ``steps`` steps without a graph. Where the inner gradient ``G(params, hyper)`` is 0,
@@ -138,14 +144,9 @@ class Implicit:
         self.step_size, self.damping, self.batches, self.warm_start = step_size, damping, batches, warm_start
         self.gradient_tolerance, self.compile = gradient_tolerance, compile
         self.report: Report | None = None
-        self._last: _Trained | None = None
 
     def __repr__(self) -> str:
         return f"Implicit(steps={self.steps}, solver={self.solver!r}, max_iterations={self.max_iterations})"
-
-    def reset(self) -> None:
-        """Forget where the last call ended, from which a warm start begins."""
-        self._last = None
 
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
@@ -172,9 +173,9 @@ class Implicit:
         leaves = Leaves(hyper)
         refuse_steering(opt, leaves.values)
         values = {**opt.defaults, **leaves.values}
-        last = ongoing(self._last, task, opt, hyper) if self.warm_start else None
-        trained = drawn(task, generator)
-        start = trained.init(generator) if last is None else last.params
+        owners = (task, opt, hyper)
+        last = self._going_on(owners, lambda: None, lambda state: _Trained.restored(state, owners, generator))
+        trained, start = Start.draw(task, generator) if last is None else last.start
         params = self._train(trained, opt, start, values, generator)
         batches = [trained.batch(self.steps - 1, generator) for _ in range(self.batches)]
 
@@ -201,7 +202,7 @@ class Implicit:
         leaves.deliver()
         if self.warm_start:  # what has diverged is no start
             good = all(math.isfinite(size) for size in (first, norm(pytree.tree_leaves(params)), norm(solution.x)))
-            self._last = _Trained((task, opt, hyper), params, solution.x, first) if good else None
+            self._run = _Trained(owners, Start(trained, params), solution.x, first) if good else None
         return meta_loss.detach()
 
     @torch.no_grad()

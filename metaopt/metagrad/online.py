@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
 from metaopt.metagrad.objective import check_objective, whole
-from metaopt.metagrad.ongoing import Ongoing, ongoing
+from metaopt.metagrad.ongoing import Ongoing, Resumable
 from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.dependence import dependence
 from metaopt.unroll.make import make_program
@@ -21,7 +21,7 @@ from metaopt.unroll.program import Sources
 from metaopt.unroll.stretch import Unroll
 
 
-class Online:
+class Online(Resumable):
     """One inner step a call, and how the next inner loss depends on that step's hyperparameters.
 
         params_{t+1} = step(params_t, batch_t, hyper)        d loss(params_{t+1}, batch_{t+1}) / d hyper
@@ -60,8 +60,6 @@ class Online:
         self.steps = steps
         self.compile = compile
         self.params: Any = None
-        self._ongoing: Ongoing | None = None
-        self._batch: Any = None
 
     def __repr__(self) -> str:
         return f"Online(steps={self.steps}, compile={self.compile})"
@@ -70,10 +68,6 @@ class Online:
     def windows(self) -> int:
         """How many calls go over the horizon."""
         return self.steps
-
-    def reset(self) -> None:
-        """Let the next call begin a new training run."""
-        self._ongoing = None
 
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
@@ -93,13 +87,18 @@ class Online:
             ValueError: a learned value on which the loss does not depend. Nothing has moved then.
         """
         leaves = Leaves(hyper)
-        run = ongoing(self._ongoing, task, opt, hyper) or Ongoing.begin(task, opt, hyper, generator)
-        t = run.step
-        batch = self._batch if t else run.task.batch(0, generator)
+        owners = (task, opt, hyper)
+        run = self._going_on(
+            owners,
+            lambda: Ongoing.begin(owners, generator),
+            lambda state: Ongoing.restored(state, owners, generator),
+        )
+        t, trained = run.step, run.start.task
+        batch = run.batch if t else trained.batch(0, generator)
         with torch.enable_grad():
-            program = make_program(run.task, opt, run.params, leaves.values, self.steps)
+            program = make_program(trained, opt, run.start.params, leaves.values, self.steps)
             sources = Sources(program.inputs(program.values))
-            unroll = Unroll(program, sources, run.task, generator, compile=self.compile)
+            unroll = Unroll(program, sources, trained, generator, compile=self.compile)
             before = sources.leaves.start if run.carry is None else run.carry
             carry, _ = unroll.step(before, batch, unroll.rows(range(t, t + 1))[t], unroll.shared)
             batch = unroll.batch(min(t + 1, self.steps - 1))
@@ -110,5 +109,5 @@ class Online:
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         carry = tuple(tensor.detach() for tensor in carry)
-        self._ongoing, self._batch, self.params = run.at(carry, t + 1, self.steps), batch, program.params(carry)
+        self._run, self.params = run.at(carry, t + 1, self.steps, batch), program.params(carry)
         return loss.detach()

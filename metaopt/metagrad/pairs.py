@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.objective import Objective, whole
+from metaopt.metagrad.ongoing import Start, config
 from metaopt.metagrad.perturbation import Noise, Perturbation
-from metaopt.tasks import Runs, Task, TaskBatch
-from metaopt.tasks.family import drawn
+from metaopt.tasks import Task, TaskBatch
 from metaopt.tasks.runs import stack
 from metaopt.unroll.make import make_program
 from metaopt.unroll.particles import Particles, selected
@@ -36,6 +37,7 @@ class Pairs:
     Attributes:
         owners: task, optimizer and hyper.
         perturbation: of the hyperparameters.
+        seen: the sum of the perturbations that each pair has seen in its present unroll.
     """
 
     def __init__(
@@ -57,33 +59,63 @@ class Pairs:
         self._whole = whole(objective, steps)
         self._ends = ends or [steps] * pairs
         self._at = list(self._ends)  # all are over: none has begun
-        self._tasks: list[Any] = [None] * pairs
-        self._params: list[Any] = [None] * pairs
+        self.seen: Noise = self.perturbation.zeros()
+        self._each: list[Start | None] = [None] * pairs
         self._starts: Any = None  # parameters and configurations of all particles
         self._config: Tensors = ()
         self._carry: Tensors | None = None
         self._particles: Particles | None = None
         self._values: Split | None = None  # of the particles' program
 
-    def renew(self, generator: Generator | None) -> list[int]:
-        """Let the pairs that are over start afresh, and say which they are."""
+    def renew(self, generator: Generator | None) -> None:
+        """Let the pairs that are over start afresh."""
         over = [index for index, (at, end) in enumerate(zip(self._at, self._ends, strict=True)) if at >= end]
         for index in over:
-            if self._tasks[index] is not None:
+            if self._each[index] is not None:
                 self._ends[index] = self._steps
-            self._tasks[index] = drawn(self._task, generator)
-            self._params[index] = self._tasks[index].init(generator)
+            self._each[index] = Start.draw(self._task, generator)
             self._at[index] = 0
         if over:
-            self._starts = _twice(stack(self._params))
-            self._config = _twice(stack([_config(task) for task in self._tasks]))
-        return over
+            self.seen = [seen.index_fill(0, torch.tensor(over, device=seen.device), 0.0) for seen in self.seen]
+            self._line_up()
+
+    def _line_up(self) -> None:
+        self._starts = _twice(stack([start.params for start in self._started()]))
+        self._config = _twice(stack([config(start.task).tensors for start in self._started()]))
+
+    def _started(self) -> list[Start]:
+        """One a pair, once all have begun."""
+        return [start for start in self._each if start is not None]
+
+    def state(self) -> dict[str, Any]:
+        """Where they stand, to be saved."""
+        return {
+            "at": list(self._at),
+            "ends": list(self._ends),
+            "each": [start.state() for start in self._started()],
+            "seen": list(self.seen),
+            "carry": list(self._carry or ()),
+        }
+
+    def restored(self, state: Mapping[str, Any], generator: Generator | None) -> Pairs:
+        """These, standing where others stood.
+
+        Raises:
+            ValueError: the others were not as many, or of another task.
+        """
+        if len(state["each"]) != len(self._each):
+            raise ValueError(f"what was saved are {len(state['each'])} pairs of unrolls, not {len(self._each)}")
+        self._at, self._ends = list(state["at"]), list(state["ends"])
+        self._each = [Start.restored(saved, self._task, generator) for saved in state["each"]]
+        self.seen, self._carry = list(state["seen"]), tuple(state["carry"]) or None
+        self._line_up()
+        return self
 
     def run(self, noise: Noise, window: int, generator: Generator | None, *, go_on: bool = True) -> Tensor:
         """Take a window of steps, or what is left of it before the next end.
 
         Args:
-            noise: the perturbation of each pair.
+            noise: the perturbation of each pair, added to what it has `seen`.
             window: how many steps.
             generator: for the batches.
             go_on: whether the next window begins at the end of this one, or where this one began.
@@ -97,15 +129,18 @@ class Pairs:
         steps = begins[:, None] + torch.arange(window, device=device)
         values = self.perturbation.exact()
         if self._particles is None or self._values is None or self._values.differs(Split(values)):
-            self._values = Split(values)
-            program = make_program(self._tasks[0], self._opt, self._params[0], values, self._steps)
+            self._values, first = Split(values), self._started()[0]
+            program = make_program(first.task, self._opt, first.params, values, self._steps)
             self._particles = Particles(program, compile=self._compile)
         inputs = self._particles.inputs(self.perturbation.values(noise), self._config, self._starts, steps)
         carry = inputs.start if self._carry is None else selected(begins == 0, inputs.start, self._carry)
 
-        def batches(k: int) -> Any:
-            return _twice(stack([task.batch(t + k, generator) for task, t in zip(self._tasks, self._at, strict=True)]))
+        tasks = [start.task for start in self._started()]
 
+        def batches(k: int) -> Any:
+            return _twice(stack([task.batch(t + k, generator) for task, t in zip(tasks, self._at, strict=True)]))
+
+        self.seen = [seen + e for seen, e in zip(self.seen, noise, strict=True)]
         carry, losses = self._particles.run(carry, inputs, batches, steps, self._whole)
         if go_on:
             self._carry, self._at = carry, [at + window for at in self._at]
@@ -115,7 +150,3 @@ class Pairs:
 def _twice(tree: Any) -> Any:
     """For both of a pair."""
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), tree)
-
-
-def _config(task: Task) -> Tensors:
-    return Split(task.config if isinstance(task, Runs) else ()).tensors

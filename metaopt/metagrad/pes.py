@@ -12,13 +12,13 @@ from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.objective import Objective, check_objective, check_truncation
-from metaopt.metagrad.ongoing import ongoing
+from metaopt.metagrad.ongoing import Resumable
 from metaopt.metagrad.pairs import Pairs
-from metaopt.metagrad.perturbation import Noise, check_perturbation
+from metaopt.metagrad.perturbation import check_perturbation
 from metaopt.tasks import Task, TaskBatch
 
 
-class PES:
+class PES(Resumable):
     """Persistent evolution strategies: one window of the unrolls a call, new perturbations in every window.
 
     A pair keeps its two unrolls between calls, and the sum ``xi`` of the perturbations that they have seen:
@@ -76,8 +76,6 @@ class PES:
             raise ValueError(f"stagger=True needs a truncation that divides steps={steps}, got truncation={truncation}")
         self.steps, self.truncation, self.std, self.pairs = steps, truncation, std, pairs
         self.objective, self.stagger, self.compile = objective, stagger, compile
-        self._ongoing: Pairs | None = None
-        self._sums: Noise = []
 
     def __repr__(self) -> str:
         return (
@@ -89,10 +87,6 @@ class PES:
     def windows(self) -> int:
         """How many calls go over the horizon."""
         return math.ceil(self.steps / self.truncation)
-
-    def reset(self) -> None:
-        """Let the next call begin new unrolls."""
-        self._ongoing = None
 
     @torch.no_grad()
     def backward(
@@ -109,22 +103,22 @@ class PES:
         Returns:
             The mean over particles of the window's part of the smoothed objective, 0-d.
         """
-        run = ongoing(self._ongoing, task, opt, hyper) or self._begin(task, opt, hyper)
-        self._ongoing = None  # until the window is done: an exception on the way lets the next call begin new unrolls
-        fresh = run.renew(generator)
-        for sums in self._sums:
-            sums[fresh] = 0.0
+        owners = (task, opt, hyper)
+        run = self._going_on(
+            owners,
+            lambda: self._pairs(owners),
+            lambda state: self._pairs(owners).restored(state, generator),
+        )
+        self._run = None  # until the window is done: an exception on the way lets the next call begin new unrolls
+        run.renew(generator)
         noise = run.perturbation.draw(generator)
-        self._sums = [sums + e for sums, e in zip(self._sums, noise, strict=True)]
         losses = run.run(noise, self.truncation, generator)
-        run.perturbation.deliver(self._sums, losses)
-        self._ongoing = run
+        run.perturbation.deliver(run.seen, losses)
+        self._run = run
         return losses.mean()
 
-    def _begin(self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module) -> Pairs:
+    def _pairs(self, owners: tuple[Task | TaskBatch, Optimizer, nn.Module]) -> Pairs:
         windows = self.steps // self.truncation
         missing = [self.truncation * (index % windows) if self.stagger else 0 for index in range(self.pairs)]
         ends = [self.steps - cut for cut in missing]
-        run = Pairs(task, opt, hyper, self.std, self.pairs, self.steps, self.objective, compile=self.compile, ends=ends)
-        self._sums = run.perturbation.zeros()
-        return run
+        return Pairs(*owners, self.std, self.pairs, self.steps, self.objective, compile=self.compile, ends=ends)

@@ -12,14 +12,14 @@ from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.objective import Objective, check_objective, check_truncation
-from metaopt.metagrad.ongoing import ongoing
+from metaopt.metagrad.ongoing import Resumable
 from metaopt.metagrad.pairs import Pairs
 from metaopt.metagrad.perturbation import check_perturbation
 from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.randomness import Snapshot
 
 
-class TruncatedES:
+class TruncatedES(Resumable):
     """Evolution strategies over one window a call: what a perturbation does after its window is not seen.
 
     Each pair has one unroll that goes on without perturbations; in every window its two particles start from there.
@@ -66,7 +66,6 @@ class TruncatedES:
         check_perturbation(std, pairs)
         self.steps, self.truncation, self.std, self.pairs = steps, truncation, std, pairs
         self.objective, self.compile = objective, compile
-        self._ongoing: Pairs | None = None
 
     def __repr__(self) -> str:
         return (
@@ -79,10 +78,6 @@ class TruncatedES:
         """How many calls go over the horizon."""
         return math.ceil(self.steps / self.truncation)
 
-    def reset(self) -> None:
-        """Let the next call begin new unrolls."""
-        self._ongoing = None
-
     @torch.no_grad()
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
@@ -91,10 +86,13 @@ class TruncatedES:
 
         Args, Returns: as for `metaopt.metagrad.PES.backward`.
         """
-        run = ongoing(self._ongoing, task, opt, hyper) or Pairs(
-            task, opt, hyper, self.std, self.pairs, self.steps, self.objective, compile=self.compile
+        owners = (task, opt, hyper)
+        run = self._going_on(
+            owners,
+            lambda: self._pairs(owners),
+            lambda state: self._pairs(owners).restored(state, generator),
         )
-        self._ongoing = None  # until the window is done: an exception on the way lets the next call begin new unrolls
+        self._run = None  # until the window is done: an exception on the way lets the next call begin new unrolls
         run.renew(generator)
         noise = run.perturbation.draw(generator)
         here = Snapshot(generator)
@@ -102,5 +100,8 @@ class TruncatedES:
         here.restore()  # the unperturbed steps see the same batches
         run.run(run.perturbation.zeros(), self.truncation, generator)
         run.perturbation.deliver(noise, losses)
-        self._ongoing = run
+        self._run = run
         return losses.mean()
+
+    def _pairs(self, owners: tuple[Task | TaskBatch, Optimizer, nn.Module]) -> Pairs:
+        return Pairs(*owners, self.std, self.pairs, self.steps, self.objective, compile=self.compile)

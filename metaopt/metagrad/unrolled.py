@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
 from metaopt.metagrad.objective import Objective, check_objective, check_truncation, whole, window_at, windows
-from metaopt.metagrad.ongoing import Ongoing, ongoing
+from metaopt.metagrad.ongoing import Ongoing, Resumable
 from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.adjoint import sweep
 from metaopt.unroll.dependence import dependence
@@ -28,7 +28,7 @@ from metaopt.unroll.segmented import retrace
 from metaopt.unroll.stretch import Stretch, Unroll, grown
 
 
-class Unrolled:
+class Unrolled(Resumable):
     """Reverse-mode differentiation of the whole inner loop: exact, with memory that grows with the horizon.
 
     Args:
@@ -89,7 +89,6 @@ class Unrolled:
         self.segments = segments
         self.compile = compile
         self.carry = carry
-        self._ongoing: Ongoing | None = None
 
     def __repr__(self) -> str:
         options = {
@@ -105,10 +104,6 @@ class Unrolled:
     def windows(self) -> int:
         """How many calls go over the horizon."""
         return math.ceil(self.steps / (self.truncation or self.steps)) if self.carry else 1
-
-    def reset(self) -> None:
-        """Let the next call begin a new unroll."""
-        self._ongoing = None
 
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
@@ -129,11 +124,17 @@ class Unrolled:
             ValueError: a learned value on which the meta-loss does not depend. No ``.grad`` has been touched then.
         """
         leaves = Leaves(hyper)
-        run = ongoing(self._ongoing, task, opt, hyper) or Ongoing.begin(task, opt, hyper, generator)
+        owners = (task, opt, hyper)
+        run = self._going_on(
+            owners,
+            lambda: Ongoing.begin(owners, generator),
+            lambda state: Ongoing.restored(state, owners, generator),
+        )
+        trained = run.start.task
         with torch.enable_grad():
-            program = make_program(run.task, opt, run.params, leaves.values, self.steps)
+            program = make_program(trained, opt, run.start.params, leaves.values, self.steps)
             sources = Sources(program.inputs(program.values))
-        unroll = Unroll(program, sources, run.task, generator, compile=self.compile)
+        unroll = Unroll(program, sources, trained, generator, compile=self.compile)
         carry = sources.leaves.start if run.carry is None else run.carry
         length = self.truncation or self.steps
         if self.carry:
@@ -154,7 +155,7 @@ class Unrolled:
         leaves.add(sources.gradient(leaves.tensors))
         leaves.deliver()
         if self.carry:
-            self._ongoing = run.at(carry, stretches[-1].steps.stop, self.steps)
+            self._run = run.at(carry, stretches[-1].steps.stop, self.steps)
         return torch.zeros((), device=carry[0].device) if total is None else total
 
     def _differentiated(self, unroll: Unroll, carry: Tensors, stretch: Stretch) -> tuple[Tensors, Tensor]:
