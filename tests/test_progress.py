@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from metaopt import Hyperparameters, PerParameter, Schedule, meta_train
 from metaopt.functional import radam
 from metaopt.metagrad import Unrolled
-from metaopt.progress import Progress, brief
+from metaopt.train.progress import Progress, brief
 from metaopt.tasks import NoisyQuadratic
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -83,7 +83,7 @@ def test_a_log_is_short_however_long_the_run_and_has_its_first_and_last_step(
 def test_a_log_written_by_a_process_is_plain_text_that_is_there_at_once(tmp_path: Path) -> None:
     """In a file, in the user's encoding, up to the step at which the process was killed."""
     program = (
-        "import os, metaopt.progress as p\n"
+        "import os, metaopt.train.progress as p\n"
         "bar = p.Progress(20).__enter__()\n"
         "for step in range(5): bar.update(0.5, {'lr': 0.25, 'betas': (0.9, 0.99)})\n"
         "os._exit(9)\n"

@@ -4,6 +4,7 @@
 """
 
 from metaopt.functional.adam import Adam, AdamState, adam, adamw
+from metaopt.functional.clipping import clip_by_norm
 from metaopt.functional.optimizer import Elementwise, Optimizer
 from metaopt.functional.radam import RAdam, RAdamState, radam
 from metaopt.functional.rprop import Rprop, RpropState, rprop
@@ -27,6 +28,7 @@ __all__ = [
     "SGDState",
     "adam",
     "adamw",
+    "clip_by_norm",
     "radam",
     "rprop",
     "sgd",

@@ -24,15 +24,15 @@ class Snapshot:
     """
 
     def __init__(self, generator: Generator | None) -> None:
-        self._generator = generator
+        self.generator = generator
         self._state: Any = generator.get_state() if generator is not None else torch.get_rng_state()
         gpus = generator is None and torch.cuda.is_available() and torch.cuda.is_initialized()
         self._gpus = torch.cuda.get_rng_state_all() if gpus else None
 
     def restore(self) -> None:
         """Go back to it."""
-        if self._generator is not None:
-            self._generator.set_state(self._state)
+        if self.generator is not None:
+            self.generator.set_state(self._state)
             return
         torch.set_rng_state(self._state)
         if self._gpus is not None:

@@ -50,13 +50,13 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
     tangents = basis(values)
     count = len(tangents[0])
     with torch.no_grad():
-        inputs, dots = _inputs(program, tuple(value.detach() for value in values), tangents)
+        inputs, dots = inputs_along(program, tuple(value.detach() for value in values), tangents)
         step = unroll.maybe_compiled(f"tangents {count}", tangent_step(program, count))
         judged = bool(stretch.loss_weight)
         carry, carry_dot = inputs.start, dots.start
         total: Tensor | None = None
         gradient: Tensor | None = None
-        for t, row, row_dot in _rows(inputs.per_step, dots.per_step, stretch.steps):
+        for t, row, row_dot in rows_along(inputs.per_step, dots.per_step, stretch.steps):
             batch = unroll.batch(t)
             before, before_dot = carry, carry_dot
             carry, carry_dot, loss, loss_dot = step(carry, carry_dot, batch, row, row_dot, inputs.shared, dots.shared)
@@ -78,7 +78,7 @@ def _loss(program: Program, batch: Any, carry: Tensors, shared: Tensors) -> Tens
     return program.loss(carry, batch, shared)
 
 
-def _inputs(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
+def inputs_along(program: Program, values: Tensors, tangents: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
     """The inputs of the program, and the tangents of those that are floating, with a leading dimension K."""
 
     where = floating(values)
@@ -156,7 +156,7 @@ def _along(
     return value.detach(), slope
 
 
-def _rows(per_step: Tensors, tangents: Tensors, steps: range) -> Iterator[tuple[int, Tensors, Tensors]]:
+def rows_along(per_step: Tensors, tangents: Tensors, steps: range) -> Iterator[tuple[int, Tensors, Tensors]]:
     """The number of each step, its row, and of the tangents, of shape (K, T, ...), those of its row."""
     for block in blocks(steps):
         # In this order strides do not tell T, for which the compiler would compile again.

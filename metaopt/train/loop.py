@@ -21,7 +21,7 @@ from metaopt.checks import check_count
 from metaopt.functional import Optimizer
 from metaopt.hyper import Hyperparameters
 from metaopt.metagrad import Estimator
-from metaopt.progress import Progress
+from metaopt.train.progress import Progress
 from metaopt.tasks import Task, TaskBatch
 from metaopt.tracking import Tracker
 

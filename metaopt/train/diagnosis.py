@@ -1,0 +1,126 @@
+"""Why a meta-gradient is not finite: the unroll once more, step by step, to the first thing that went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from metaopt.functional import Optimizer
+from metaopt.functional.tree import Tree
+from metaopt.hyper import Hyperparameters
+from metaopt.metagrad import Estimator
+from metaopt.metagrad.ongoing import Start
+from metaopt.tasks import Runs, TaskBatch
+from metaopt.tasks.task import Task
+from metaopt.unroll import InnerStep
+from metaopt.unroll.growth import growth
+from metaopt.unroll.randomness import Snapshot
+
+_DIVERGED = "a smaller lr, or gradients clipped in the inner loop by metaopt.functional.clip_by_norm"
+_EDGE = "a root, norm, logarithm or division at the edge of its domain moved away from it"
+_HELP = {
+    "batch": "cleaning the data",
+    "loss": _EDGE,
+    "gradient": _EDGE,
+    "state": _DIVERGED,
+    "parameter": _DIVERGED,
+    "meta-loss": _EDGE,
+    "derivative": "a smaller lr, a shorter horizon, truncation=..., or ES, which needs no derivative",
+}
+
+
+class NonFiniteError(ArithmeticError):
+    """A meta-loss or a meta-gradient is NaN or infinite; the message says which, where it began, and what may help."""
+
+
+def not_finite(hyper: nn.Module, meta_loss: float) -> str | None:
+    """What is not finite after an estimator's call, if anything."""
+    bad = [name for name, p in hyper.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    if bad:
+        return f"the meta-gradient of {', '.join(bad)} is not finite (meta-loss {meta_loss:g})"
+    return None if math.isfinite(meta_loss) else f"the meta-loss is {meta_loss}"
+
+
+@torch.no_grad()
+def diagnose(
+    task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot
+) -> str:
+    """What went wrong in an unroll, with which values, and what usually helps.
+
+    Args:
+        task, opt, hyper: of the unroll.
+        estimator: whose ``steps`` are its horizon.
+        before: the generator's state when the estimator was called; the unroll draws what that one drew, or, where
+            the estimator goes over it in windows, what a fresh one would draw.
+    """
+    steps = getattr(estimator, "steps", None)
+    if not isinstance(steps, int):
+        return f"{type(estimator).__name__} has no attribute steps, so that the unroll cannot be repeated."
+    with torch.enable_grad():
+        values = {**opt.defaults, **hyper()}
+    before.restore()
+    start = Start.draw(task, before.generator)
+    found = _first(start, opt, values, steps, before.generator)
+    shown = repr(hyper) if isinstance(hyper, Hyperparameters) else type(hyper).__name__
+    if found is None:
+        rate = growth(start.task, opt, start.params, values, steps, before.generator)
+        quantity = "derivative"
+        what = (
+            f"Repeated, all of the unroll's {steps} steps are finite: it is the derivative that overflows, or a "
+            f"perturbed unroll. A small change grows x {rate:.3g} in an inner step."
+        )
+    else:
+        step, quantity, where = found
+        what = f"Inner step {step} of 0..{steps - 1}: the {quantity}{where} is the first that is not finite."
+        if step == steps:
+            what = f"The {quantity} after all {steps} inner steps is the first that is not finite."
+    return f"{what} Hyperparameters: {shown}. What usually helps: {_HELP[quantity]}."
+
+
+def _first(
+    start: Start, opt: Optimizer, values: Mapping[str, Any], steps: int, generator: Generator | None
+) -> tuple[int, str, str] | None:
+    """Inner step, quantity, and which part of it; None if all is finite."""
+    inner = InnerStep(start.task, opt)
+    carry = inner.begin(start.params, values)
+    for t in range(steps):
+        batch = start.task.batch(t, generator)
+        grads, _ = inner.gradient(carry.params, batch, values)
+        losses = _losses(start.task, carry.params, batch, values)
+        after, _ = inner(carry, batch, values, t)
+        quantities = {"batch": batch, "loss": losses, "gradient": grads, "state": after.state, "parameter": after.params}
+        for quantity, tree in quantities.items():
+            for name, tensor in _named(tree):
+                if not bool(tensor.isfinite().all()):
+                    return t, quantity, f" {name!r}" * bool(name) + _of_run(start.task, tensor)
+        carry = after
+    return None if bool(start.task.meta_loss(carry.params, values).isfinite()) else (steps, "meta-loss", "")
+
+
+def _losses(task: Task, params: Any, batch: Any, values: Mapping[str, Any]) -> Tensor:
+    """The loss, or of several runs each one's."""
+    if not isinstance(task, Runs):
+        return task.loss(params, batch, values)
+    losses: Tensor = torch.vmap(lambda c, p, b: task.single(c).loss(p, b, values))(task.config, params, batch)
+    return losses
+
+
+def _of_run(task: Task, tensor: Tensor) -> str:
+    """Which of several runs, each having a row of the tensor."""
+    if not isinstance(task, Runs):
+        return ""
+    bad = (~tensor.isfinite()).flatten(1).any(1) if tensor.dim() > 1 else ~tensor.isfinite()
+    rows = bad.nonzero().flatten().tolist()
+    return f" of run {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tree that can be NaN, by name."""
+    named = Tree(tree)
+    for name, leaf in zip(named.names, named.leaves, strict=True):
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            yield name, leaf

@@ -1,0 +1,55 @@
+"""Stopping at a good moment: a signal is noted, and acted on when the work in hand is done."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interruption:
+    """Notes SIGTERM and Ctrl-C while its block runs. A second one stops at once.
+
+    Outside the main thread, where signals cannot be caught, it notes nothing.
+
+    Attributes:
+        requested: the signal that has come, if any.
+
+    Example:
+        >>> import os
+        >>> with Interruption() as interruption:
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     print(interruption.requested.name)
+        SIGTERM
+    """
+
+    def __init__(self, message: str = "stopping after this meta-step; once more to stop at once") -> None:
+        self.requested: signal.Signals | None = None
+        self._message = message
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise Stopped(signal.Signals(number))
+        self.requested = signal.Signals(number)
+        print(f"\n{self.requested.name}: {self._message}", file=sys.stderr, flush=True)
+
+
+class Stopped(SystemExit):
+    """A signal ends the process: with the exit status that a shell gives for it, 128 and its number."""
+
+    def __init__(self, requested: signal.Signals) -> None:
+        super().__init__(128 + requested.value)

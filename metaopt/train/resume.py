@@ -1,0 +1,141 @@
+"""A meta-training run as what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Generator, nn
+
+from metaopt.functional import Optimizer
+from metaopt.metagrad import Estimator
+from metaopt.train import randomness
+from metaopt.train.checkpoint import CheckpointError, Checkpoints
+from metaopt.train.result import Best, MetaTrainResult
+from metaopt.train.signal import SignalToNoise
+
+# A checkpoint is written when this many times its writing has passed: it costs a twentieth of the time at most.
+_PATIENCE = 20
+
+
+@dataclass
+class Parts:
+    """All of a run that changes, or that a resumed run must share.
+
+    Attributes:
+        skipping: how many of the last meta-steps in a row were skipped.
+    """
+
+    opt: Optimizer
+    hyper: nn.Module
+    estimator: Estimator
+    meta_optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    generator: Generator | None
+    result: MetaTrainResult = field(default_factory=MetaTrainResult)
+    signal: SignalToNoise = field(default_factory=SignalToNoise)
+    skipping: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not differ between a run and its continuation."""
+        return {
+            "hyper": {name: list(tensor.shape) for name, tensor in self.hyper.state_dict().items()},
+            "opt": _described(self.opt),
+            "estimator": _described(self.estimator),
+            "meta_optimizer": type(self.meta_optimizer).__qualname__,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__qualname__,
+            "generator": None if self.generator is None else str(self.generator.device),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        estimator: Any = self.estimator
+        result = self.result
+        return {
+            "identity": self.identity,
+            "hyper": dict(self.hyper.state_dict()),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "estimator": estimator.state_dict() if hasattr(estimator, "state_dict") else {},
+            "randomness": randomness.state(self.generator),
+            "losses": list(result.losses),
+            "history": list(result.history),
+            "best": None if result.best is None else list(result.best),
+            "signal": self.signal.state_dict(),
+            "skipping": self.skipping,
+        }
+
+    def load(self, state: Mapping[str, Any], folder: object) -> None:
+        """Go back to a state.
+
+        Raises:
+            CheckpointError: it is of another run. Nothing has changed then.
+        """
+        for name, here in self.identity.items():
+            there = state["identity"][name]
+            if here != there:
+                raise CheckpointError(
+                    f"checkpoint={str(folder)!r} holds a run with another {name}: {there}, not {here}; "
+                    "take another folder, or remove this one"
+                )
+        estimator: Any = self.estimator
+        self.hyper.load_state_dict(state["hyper"])
+        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if hasattr(estimator, "load_state_dict"):
+            estimator.load_state_dict(state["estimator"])
+        randomness.restore(state["randomness"], self.generator)
+        best = None if state["best"] is None else Best(*state["best"])
+        self.result = MetaTrainResult(list(state["losses"]), list(state["history"]), best)
+        self.signal.load_state_dict(state["signal"])
+        self.skipping = state["skipping"]
+
+
+class Saver:
+    """Writes the checkpoints of a run as often as that is cheap.
+
+    Args:
+        checkpoints: their folder.
+        parts: of the run.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, parts: Parts) -> None:
+        self._checkpoints, self._parts = checkpoints, parts
+        self._saved_step = -1
+        self._due = 0.0
+
+    def resume(self) -> int:
+        """Go back to the last checkpoint, or write the first; the meta-steps that are behind."""
+        found = self._checkpoints.latest()
+        if found is None:
+            self.save(0)
+            return 0
+        step, state = found
+        self._parts.load(state, self._checkpoints.folder)
+        self._saved_step = step
+        return step
+
+    def maybe(self, step: int) -> None:
+        """Write one if it is time."""
+        if perf_counter() >= self._due:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write one, unless it is there."""
+        if step == self._saved_step:
+            return
+        started = perf_counter()
+        self._checkpoints.save(step, self._parts.state())
+        self._saved_step = step
+        ended = perf_counter()
+        self._due = ended + _PATIENCE * (ended - started)
+
+
+def _described(thing: object) -> str:
+    """Its repr if it has one of its own, which is the same in another process."""
+    return repr(thing) if type(thing).__repr__ is not object.__repr__ else type(thing).__qualname__
