@@ -4,8 +4,8 @@
         found = checkpoints.latest()                # None at the start, else (step, state)
         checkpoints.save(step=10, state={"hyper": hyper.state_dict()})
 
-A file is written beside its place, flushed to the disk and renamed. It begins with a line that says what it is, in which
-version, and with the checksum of the rest, which ``torch.load(weights_only=True)`` reads: tensors and plain values.
+A file is written beside its place, flushed to the disk and renamed. Its first line says what it is, in which version,
+and the checksum of the rest, which ``torch.load(weights_only=True)`` reads: tensors and plain values.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,6 +21,7 @@ from metaopt.unroll import InnerStep
 from metaopt.unroll.growth import growth
 from metaopt.unroll.randomness import Snapshot
 
+_NO_HORIZON = "The estimator has no attribute steps, so that the unroll cannot be repeated."
 _DIVERGED = "a smaller lr, or gradients clipped in the inner loop by metaopt.functional.clip_by_norm"
 _EDGE = "a root, norm, logarithm or division at the edge of its domain moved away from it"
 _HELP = {
@@ -45,10 +47,7 @@ def not_finite(hyper: nn.Module, meta_loss: float) -> str | None:
     return None if math.isfinite(meta_loss) else f"the meta-loss is {meta_loss}"
 
 
-@torch.no_grad()
-def diagnose(
-    task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot
-) -> str:
+def diagnose(task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot) -> str:
     """What went wrong in an unroll, with which values, and what usually helps.
 
     Args:
@@ -57,28 +56,61 @@ def diagnose(
         before: the generator's state when the estimator was called; the unroll draws what that one drew, or, where
             the estimator goes over it in windows, what a fresh one would draw.
     """
-    steps = getattr(estimator, "steps", None)
-    if not isinstance(steps, int):
-        return f"{type(estimator).__name__} has no attribute steps, so that the unroll cannot be repeated."
-    with torch.enable_grad():
-        values = {**opt.defaults, **hyper()}
-    before.restore()
-    start = Start.draw(task, before.generator)
-    found = _first(start, opt, values, steps, before.generator)
-    shown = repr(hyper) if isinstance(hyper, Hyperparameters) else type(hyper).__name__
+    with _repeated(task, opt, hyper, estimator, before) as unroll:
+        if unroll is None:
+            return _NO_HORIZON
+        found = _first(unroll.start, opt, unroll.values, unroll.steps, before.generator)
     if found is None:
-        rate = growth(start.task, opt, start.params, values, steps, before.generator)
+        growing = _growth(task, opt, hyper, estimator, before)
+        what = f"Repeated without a graph, all is finite: it is the derivative that overflows. {growing}"
         quantity = "derivative"
-        what = (
-            f"Repeated, all of the unroll's {steps} steps are finite: it is the derivative that overflows, or a "
-            f"perturbed unroll. A small change grows x {rate:.3g} in an inner step."
-        )
     else:
         step, quantity, where = found
-        what = f"Inner step {step} of 0..{steps - 1}: the {quantity}{where} is the first that is not finite."
-        if step == steps:
-            what = f"The {quantity} after all {steps} inner steps is the first that is not finite."
+        what = f"Inner step {step} of 0..{unroll.steps - 1}: the {quantity}{where} is the first that is not finite."
+        if step == unroll.steps:
+            what = f"The {quantity} after all {step} inner steps is the first that is not finite."
+    shown = repr(hyper) if isinstance(hyper, Hyperparameters) else type(hyper).__name__
     return f"{what} Hyperparameters: {shown}. What usually helps: {_HELP[quantity]}."
+
+
+def explosion(task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot) -> str:
+    """How fast a change grows along the unroll, and what usually helps. The arguments are those of `diagnose`."""
+    return f"{_growth(task, opt, hyper, estimator, before)} What usually helps: {_HELP['derivative']}."
+
+
+def _growth(task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot) -> str:
+    with _repeated(task, opt, hyper, estimator, before) as unroll:
+        if unroll is None:
+            return _NO_HORIZON
+        start = unroll.start
+        rate = growth(start.task, opt, start.params, unroll.values, unroll.steps, before.generator)
+    return f"The effect of a small change grows x {rate:.3g} in an inner step."
+
+
+class _Unroll(NamedTuple):
+    start: Start
+    values: dict[str, Any]
+    steps: int
+
+
+@contextlib.contextmanager
+def _repeated(
+    task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot
+) -> Iterator[_Unroll | None]:
+    """The beginning of the unroll; the generator is put back afterwards. None if the horizon is not known."""
+    steps = getattr(estimator, "steps", None)
+    if not isinstance(steps, int):
+        yield None
+        return
+    here = Snapshot(before.generator)
+    try:
+        with torch.enable_grad():  # growth asks which of them are learned
+            values = {**opt.defaults, **hyper()}
+        before.restore()
+        with torch.no_grad():
+            yield _Unroll(Start.draw(task, before.generator), values, steps)
+    finally:
+        here.restore()
 
 
 def _first(
@@ -92,7 +124,13 @@ def _first(
         grads, _ = inner.gradient(carry.params, batch, values)
         losses = _losses(start.task, carry.params, batch, values)
         after, _ = inner(carry, batch, values, t)
-        quantities = {"batch": batch, "loss": losses, "gradient": grads, "state": after.state, "parameter": after.params}
+        quantities = {
+            "batch": batch,
+            "loss": losses,
+            "gradient": grads,
+            "state": after.state,
+            "parameter": after.params,
+        }
         for quantity, tree in quantities.items():
             for name, tensor in _named(tree):
                 if not bool(tensor.isfinite().all()):

@@ -4,15 +4,18 @@
     meta_optimizer = torch.optim.Adam(hyper.parameters(), lr=0.05)
     result = metaopt.meta_train(task, opt, hyper, metaopt.metagrad.Unrolled(60), meta_optimizer, steps=50)
 
-Clipping and schedules of the meta-optimizer are torch's own: ``meta_optimizer.register_step_pre_hook`` and
-``register_step_post_hook``.
+Clipping of the meta-gradient is torch's own: ``meta_optimizer.register_step_pre_hook``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, nn
@@ -20,25 +23,25 @@ from torch import Generator, nn
 from metaopt.checks import check_count
 from metaopt.functional import Optimizer
 from metaopt.hyper import Hyperparameters
+from metaopt.memory import resident
 from metaopt.metagrad import Estimator
-from metaopt.train.progress import Progress
 from metaopt.tasks import Task, TaskBatch
-from metaopt.tracking import Tracker
+from metaopt.tracking import Nothing, Run, Tracker, complete
+from metaopt.train.checkpoint import CheckpointError, Checkpoints
+from metaopt.train.diagnosis import NonFiniteError, diagnose, explosion, not_finite
+from metaopt.train.interruption import Interruption, Stopped
+from metaopt.train.progress import Progress
+from metaopt.train.report import grads_by_name, report, schedules
+from metaopt.train.result import MetaTrainResult
+from metaopt.train.resume import Parts, Saver
+from metaopt.unroll.randomness import Snapshot
 
-
-@dataclass
-class MetaTrainResult:
-    """What a meta-training run did.
-
-    Attributes:
-        losses: the meta-loss at each meta-step, measured with the hyperparameters before it; where the estimator goes
-            over one window a call, the window's part of it (0 if the objective is elsewhere).
-        history: for each meta-step the record that trackers get: ``meta_loss``, ``grad_norm`` (of the meta-gradient, in
-            unconstrained coordinates), ``seconds`` and, for `metaopt.Hyperparameters`, ``hyper``: its numbers.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+# With "skip": this many meta-steps in a row without a finite gradient are one too many.
+_MOST_SKIPPED = 10
+# A meta-gradient this many times the meta-loss says that a change of a millionth is felt: the unroll is chaotic.
+_EXPLODED = 1e6
+# How many looks a tracked run takes at the training that its hyperparameters give.
+_REPORTS = 10
 
 
 def meta_train(
@@ -48,10 +51,12 @@ def meta_train(
     estimator: Estimator,
     meta_optimizer: torch.optim.Optimizer,
     steps: int = 50,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     tracker: Tracker | None = None,
     generator: Generator | None = None,
     *,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    on_nonfinite: Literal["raise", "skip"] = "raise",
     progress: bool = True,
 ) -> MetaTrainResult:
     """Learn ``hyper`` by gradient descent on the meta-loss.
@@ -62,18 +67,33 @@ def meta_train(
         hyper: a module whose call returns a mapping of values, such as `metaopt.Hyperparameters`.
         estimator: of the meta-gradient, such as `metaopt.metagrad.Unrolled`.
         meta_optimizer: any ``torch.optim`` optimizer over ``hyper.parameters()``.
-        steps: meta-steps, >= 1.
-        checkpoint: not available yet.
-        tracker: gets ``log(metrics, step)`` once per meta-step.
+        steps: meta-steps in all, those of the run that a checkpoint continues included; >= 1.
+        checkpoint: a folder. A run started again with the same folder goes on from its last checkpoint, bit for bit on
+            a CPU, and returns its result at once if it had finished. The last three checkpoints are kept; they are
+            written as often as that takes no more than a twentieth of the time. SIGTERM and Ctrl-C end the run after
+            the meta-step in hand, with a checkpoint; a second one ends it at once.
+        tracker: gets ``log(metrics, step)`` once per meta-step; one of `metaopt.tracking` also gets learning curves,
+            schedules, and the final hyperparameters as an artifact. A resumed run logs the steps after its checkpoint
+            again, and has a tracker drop what it has of them.
         generator: for the task's randomness; None is torch's default generator.
+        scheduler: of the meta-optimizer's learning rate, stepped after each meta-step and part of the checkpoint.
+        on_nonfinite: what to do if meta-loss or meta-gradient is NaN or infinite: "raise" repeats the unroll to say
+            where it began; "skip" leaves the hyperparameters as they are, begins new unrolls, and counts.
         progress: show a progress bar in a terminal or a notebook, a line now and then in a log file.
 
     Returns:
-        The meta-losses and the history. ``hyper`` holds what was learned.
+        The meta-losses, the history and the best hyperparameters. ``hyper`` holds the last ones.
 
     Raises:
-        ValueError: ``steps`` below 1, a ``checkpoint``, a meta-optimizer that holds none of hyper's parameters, a
-            learned value on which the meta-loss does not depend.
+        ValueError: ``steps`` below 1, an unknown ``on_nonfinite``, a meta-optimizer that holds none of hyper's
+            parameters, a learned value on which the meta-loss does not depend.
+        metaopt.train.CheckpointError: the folder is in use, cannot be written to, holds another run or more steps, or
+            has no readable checkpoint left.
+        metaopt.train.NonFiniteError: see ``on_nonfinite``; also after ten skipped meta-steps in a row.
+        metaopt.train.Stopped: a ``SystemExit`` after a signal, with ``checkpoint``.
+
+    Warns:
+        UserWarning: the meta-gradient explodes; a checkpoint was passed over, or cannot be written any more.
 
     Example:
         >>> import metaopt
@@ -91,32 +111,158 @@ def meta_train(
         True
     """
     check_count("steps", steps)
-    if checkpoint is not None:
-        raise ValueError(f"checkpoint={checkpoint!r} is not available in this version; use checkpoint=None")
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got on_nonfinite={on_nonfinite!r}")
     held = {id(p) for group in meta_optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in hyper.parameters()):
         raise ValueError("meta_optimizer holds none of hyper's parameters: make it with hyper.parameters()")
-
-    result = MetaTrainResult()
-    with Progress(steps, shown=progress) as bar:
-        for step in range(steps):
-            started = perf_counter()
-            meta_optimizer.zero_grad()
-            hyper.zero_grad()  # it may have parameters that the meta-optimizer does not hold
-            loss = estimator.backward(task, opt, hyper, generator)
-            record: dict[str, Any] = {"meta_loss": loss.item(), "grad_norm": _grad_norm(hyper)}
-            if isinstance(hyper, Hyperparameters):
-                record["hyper"] = hyper.numbers()
-            meta_optimizer.step()
-            record["seconds"] = perf_counter() - started
-            result.losses.append(record["meta_loss"])
-            result.history.append(record)
-            if tracker is not None:
-                tracker.log(record, step)
-            bar.update(record["meta_loss"], record.get("hyper", {}))
-    return result
+    parts = Parts(opt, hyper, estimator, meta_optimizer, scheduler, generator)
+    loop = _Loop(task, parts, steps, tracker, on_nonfinite)
+    if checkpoint is None:
+        loop.run(0, progress)
+        return parts.result
+    with Checkpoints(checkpoint) as checkpoints, Interruption() as interruption:
+        saver = Saver(checkpoints, parts)
+        done = saver.resume()
+        if done > steps:
+            raise CheckpointError(f"checkpoint={str(checkpoint)!r} has {done} meta-steps behind it, more than {steps=}")
+        loop.run(done, progress, saver, interruption)
+    return parts.result
 
 
-def _grad_norm(hyper: nn.Module) -> float:
-    grads = [p.grad for p in hyper.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+class _Loop:
+    """The meta-steps of a run."""
+
+    def __init__(
+        self,
+        task: Task | TaskBatch,
+        parts: Parts,
+        steps: int,
+        tracker: Tracker | None,
+        on_nonfinite: Literal["raise", "skip"],
+    ) -> None:
+        self._task, self._parts, self._steps = task, parts, steps
+        self._tracker = complete(tracker)
+        # A training run is a price that only those pay who can see it.
+        self._looks = isinstance(tracker, Run) and not isinstance(tracker, Nothing)
+        self._on_nonfinite = on_nonfinite
+        self._warned = False
+
+    def run(
+        self, done: int, progress: bool, saver: Saver | None = None, interruption: Interruption | None = None
+    ) -> None:
+        """Take the steps that are left."""
+        if done == self._steps:
+            return
+        parts = self._parts
+        if saver is not None:
+            self._tracker.rewind(done)
+        with Progress(self._steps, shown=progress, done=done) as bar:
+            for step in range(done, self._steps):
+                record = self._step(step)
+                self._track(record, step)
+                bar.update(record["meta_loss"], record.get("hyper", {}))
+                if saver is None or interruption is None:
+                    continue
+                if interruption.requested is not None:
+                    saver.save(step + 1)
+                    where = f"after meta-step {step + 1} of {self._steps}; start it again to go on"
+                    print(f"stopped {where}", file=sys.stderr, flush=True)
+                    raise Stopped(interruption.requested)
+                with _only_warned():
+                    saver.save(step + 1) if step + 1 == self._steps else saver.maybe(step + 1)
+        if isinstance(parts.hyper, Hyperparameters):
+            self._tracker.artifact("hyperparameters", parts.hyper.numbers())
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One meta-step, and its record."""
+        parts, hyper = self._parts, self._parts.hyper
+        started = perf_counter()
+        parts.meta_optimizer.zero_grad()
+        hyper.zero_grad()  # it may have parameters that the meta-optimizer does not hold
+        before = Snapshot(parts.generator)
+        loss = parts.estimator.backward(self._task, parts.opt, hyper, parts.generator).item()
+        grads = grads_by_name(hyper)
+        norms = {name: float(grad.norm()) for name, grad in grads.items()}
+        record: dict[str, Any] = {
+            "meta_loss": loss,
+            "grad_norm": float(torch.nn.utils.get_total_norm(list(grads.values()))),
+            "grad_norms": norms,
+        }
+        if isinstance(hyper, Hyperparameters):
+            record["hyper"] = hyper.numbers()
+        trouble = not_finite(hyper, loss)
+        if trouble is None:
+            record["grad_snr"] = parts.signal.update(grads)
+            parts.skipping = 0
+            self._maybe_warn(record, before)
+            parts.result.add(record, hyper)
+            parts.meta_optimizer.step()
+        else:
+            self._skip_or_raise(step, trouble, before)
+            parts.result.add(record | {"skipped": True}, hyper)
+            record = parts.result.history[-1]
+        if parts.scheduler is not None:
+            parts.scheduler.step()
+        record["seconds"] = perf_counter() - started
+        record["memory_mib"] = _memory()
+        return record
+
+    def _skip_or_raise(self, step: int, trouble: str, before: Snapshot) -> None:
+        parts = self._parts
+        parts.skipping += 1
+        if self._on_nonfinite == "raise" or parts.skipping == _MOST_SKIPPED:
+            parts.meta_optimizer.zero_grad()
+            parts.hyper.zero_grad()
+            often = f", for the {_MOST_SKIPPED}th time in a row" if self._on_nonfinite == "skip" else ""
+            found = diagnose(self._task, parts.opt, parts.hyper, parts.estimator, before)
+            raise NonFiniteError(f"meta-step {step}: {trouble}{often}. {found}")
+        if hasattr(parts.estimator, "reset"):  # its unroll is spoilt
+            parts.estimator.reset()
+
+    def _maybe_warn(self, record: dict[str, Any], before: Snapshot) -> None:
+        """Once, if the meta-gradient explodes."""
+        limit = _EXPLODED * max(1.0, abs(record["meta_loss"]))
+        if not self._warned and record["grad_norm"] > limit:
+            self._warned = True
+            parts = self._parts
+            warnings.warn(
+                f"the meta-gradient explodes: norm {record['grad_norm']:.3g} at meta-loss {record['meta_loss']:.3g}. "
+                + explosion(self._task, parts.opt, parts.hyper, parts.estimator, before),
+                stacklevel=4,
+            )
+
+    def _track(self, record: dict[str, Any], step: int) -> None:
+        """Log a step, and now and then what its hyperparameters lead to: at the first, the last, ten times in all."""
+        horizon = getattr(self._parts.estimator, "steps", None)
+        due = step % max(1, self._steps // _REPORTS) == 0 or step == self._steps - 1
+        if not (self._looks and due and isinstance(horizon, int)):
+            self._tracker.log(record, step)
+            return
+        values = self._parts.hyper()
+        seen = report(self._task, self._parts.opt, values, horizon, self._parts.generator)
+        record.update(seen.figures)
+        self._tracker.log(record, step)
+        self._tracker.curves("train", {"inner_step": range(horizon), "train/loss": seen.train}, step)
+        points = seen.validation
+        self._tracker.curves("validation", {"inner_step": list(points), "validation/loss": list(points.values())}, step)
+        learned = dict(schedules(record.get("hyper", {})))
+        for length in sorted({len(schedule) for schedule in learned.values()}):
+            columns = {name: schedule for name, schedule in learned.items() if len(schedule) == length}
+            self._tracker.curves("schedule", {"inner_step": range(length), **columns}, step)
+
+
+def _memory() -> dict[str, float]:
+    memory = {"process": resident() / 2**20}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        memory["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+    return memory
+
+
+@contextlib.contextmanager
+def _only_warned() -> Iterator[None]:
+    """A full disk in the middle of a run is no reason to end it."""
+    try:
+        yield
+    except CheckpointError as error:
+        warnings.warn(f"{error}; the run goes on, and tries again", stacklevel=3)

@@ -15,12 +15,14 @@ class Progress:
         steps: how many there will be.
         shown: False for silence.
         lines: how many lines a log file gets.
+        done: steps that are behind already.
     """
 
-    def __init__(self, steps: int, *, shown: bool = True, lines: int = 10) -> None:
+    def __init__(self, steps: int, *, shown: bool = True, lines: int = 10, done: int = 0) -> None:
         self._steps = steps
         self._every = max(1, steps // lines)
-        self._done = 0
+        self._done = done
+        self._first = done + 1
         self._bar: Any = None
         self._console: Any = None
         if shown:
@@ -44,7 +46,7 @@ class Progress:
                 console=self._console,
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=self._steps, status="")
+            self._task = self._bar.add_task("", total=self._steps, completed=self._done, status="")
         return self
 
     def __exit__(
@@ -59,7 +61,7 @@ class Progress:
         status = f"meta-loss {meta_loss:.4g}  " + "  ".join(f"{name} {brief(value)}" for name, value in values.items())
         if self._bar is not None:
             self._bar.update(self._task, advance=1, status=status)
-        elif self._console is not None and (self._done % self._every == 0 or self._done in (1, self._steps)):
+        elif self._console is not None and (self._done % self._every == 0 or self._done in (self._first, self._steps)):
             print(f"meta-step {self._done}/{self._steps}  {status}", flush=True)
 
 

@@ -18,8 +18,8 @@ from torch.distributions import constraints
 from metaopt import Hyperparameters, PerParameter, Schedule, meta_train
 from metaopt.functional import radam
 from metaopt.metagrad import Unrolled
-from metaopt.train.progress import Progress, brief
 from metaopt.tasks import NoisyQuadratic
+from metaopt.train.progress import Progress, brief
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -89,7 +89,7 @@ def test_a_log_written_by_a_process_is_plain_text_that_is_there_at_once(tmp_path
         "os._exit(9)\n"
     )
     file = tmp_path / "log"
-    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PYTHONPATH": str(Path(__file__).parents[2])}
     with file.open("wb") as out:
         done = subprocess.run([sys.executable, "-c", program], stdout=out, stderr=out, env=environment, check=False)
     assert done.returncode == 9

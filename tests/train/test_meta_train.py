@@ -122,7 +122,9 @@ def test_the_history_holds_the_loss_gradient_and_values_before_each_step() -> No
     assert result.history[0]["hyper"]["lr"] == pytest.approx(0.1, rel=1e-12)
     for loss, record in zip(result.losses, result.history, strict=True):
         lr = record["hyper"]["lr"]
-        assert set(record) == {"meta_loss", "grad_norm", "seconds", "hyper"}
+        assert set(record) == {"meta_loss", "grad_norm", "grad_norms", "grad_snr", "seconds", "memory_mib", "hyper"}
+        assert record["grad_norms"] == {"lr": record["grad_norm"]}
+        assert 10 < record["memory_mib"]["process"] < 100_000
         assert loss == record["meta_loss"] == pytest.approx(TASK.closed_form(lr), rel=1e-12)
         assert record["grad_norm"] == pytest.approx(abs(lr * TASK.slope(lr)), rel=1e-10)
         assert record["seconds"] > 0
@@ -189,7 +191,8 @@ def test_a_module_of_the_users_is_learned_and_has_no_numbers_in_the_record() -> 
     result = meta_train(TASK, OPT, rate, Unrolled(STEPS), meta_optimizer, steps=30, progress=False)
     _, ours = learn(lambda params: torch.optim.Adam(params, lr=0.1), steps=30)
     assert result.losses == pytest.approx(ours.losses, rel=1e-12)
-    assert set(result.history[0]) == {"meta_loss", "grad_norm", "seconds"}
+    assert "hyper" not in result.history[0]
+    assert list(result.history[0]["grad_norms"]) == ["log_lr"]
 
 
 def test_a_parameter_that_the_meta_optimizer_does_not_hold_stays_and_its_gradient_does_not_pile_up() -> None:
