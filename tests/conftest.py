@@ -13,3 +13,13 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long profile: many more random cases (an hour)")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long profile is asked for."""
+    return bool(request.config.getoption("--long"))

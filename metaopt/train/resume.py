@@ -12,10 +12,10 @@ from torch import Generator, nn
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad import Estimator
-from metaopt.train import randomness
 from metaopt.train.checkpoint import CheckpointError, Checkpoints
 from metaopt.train.result import Best, MetaTrainResult
 from metaopt.train.signal import SignalToNoise
+from metaopt.unroll.randomness import Snapshot
 
 # A checkpoint is written when this many times its writing has passed: it costs a twentieth of the time at most.
 _PATIENCE = 20
@@ -61,7 +61,7 @@ class Parts:
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "estimator": estimator.state_dict() if hasattr(estimator, "state_dict") else {},
-            "randomness": randomness.state(self.generator),
+            "randomness": Snapshot(self.generator).state_dict(),
             "losses": list(result.losses),
             "history": list(result.history),
             "best": None if result.best is None else list(result.best),
@@ -89,7 +89,9 @@ class Parts:
             self.scheduler.load_state_dict(state["scheduler"])
         if hasattr(estimator, "load_state_dict"):
             estimator.load_state_dict(state["estimator"])
-        randomness.restore(state["randomness"], self.generator)
+        randomness = Snapshot(self.generator)
+        randomness.load_state_dict(state["randomness"])
+        randomness.restore()
         best = None if state["best"] is None else Best(*state["best"])
         self.result = MetaTrainResult(list(state["losses"]), list(state["history"]), best)
         self.signal.load_state_dict(state["signal"])

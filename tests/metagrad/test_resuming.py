@@ -137,9 +137,7 @@ def test_the_state_of_another_task_is_refused(name: str) -> None:
     first, second = ESTIMATORS[name](), ESTIMATORS[name]()
     first.backward(NoisyQuadratic(dimension=3), OPT, hyper)
     second.load_state_dict(first.state_dict())
-    with pytest.raises(
-        ValueError, match=r"not of this task.*\[\(3,\)\], the task.s \[\(4,\)\]"
-    ):
+    with pytest.raises(ValueError, match=r"not of this task.*\[\(3,\)\], the task.s \[\(4,\)\]"):
         second.backward(NoisyQuadratic(dimension=4), OPT, hyper)
 
 
