@@ -72,7 +72,7 @@ def test_arguments_are_those_of_wandbs_agent(macro: str) -> None:
 
 
 def test_the_default_command_is_wandbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = parse("{program: train.py, method: grid, parameters: {lr: {value: 0.1}, on: {value: false}}}".replace("on:", "a:"))
+    sweep = parse("{program: train.py, method: grid, parameters: {lr: {value: 0.1}, a: {value: false}}}")
     assert expand(sweep, {"a": False, "lr": 0.1}, "/opt/python") == [
         *("/usr/bin/env", "/opt/python", "train.py", "--a=False", "--lr=0.1")
     ]

@@ -9,7 +9,8 @@ import pytest
 from metaopt.sweeps.definition import Hyperband
 from metaopt.sweeps.hyperband import HyperbandPruner, brackets
 
-# Brackets at 2, 6, 18, ... The second values are 4, 6, 9, 2, 7, 8, 6.5: n = 7, floor(7 / 3) = 2, and 2 < 4 < 6: threshold 6.
+# Brackets at 2, 6, 18, ... The second values are 4, 6, 9, 2, 7, 8, 6.5: n = 7, floor(7 / 3) = 2; counting 2, 4, 6 from 0,
+# the threshold is 6.
 RUNS = {
     "fallen to 3": [5, 4, 3, 3],
     "6, a tie": [6, 6, 6],
@@ -94,9 +95,7 @@ def test_a_run_that_was_requeued_counts_once() -> None:
     # With the crashed first attempts, two more 1s: the threshold would be 1.
     study = optuna.create_study(pruner=HyperbandPruner(Hyperband(min_iter=1, eta=2)))
     for _ in range(2):
-        study.add_trial(
-            optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, intermediate_values={0: 1.0})
-        )
+        study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, intermediate_values={0: 1.0}))
     study.add_trial(
         optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE,
