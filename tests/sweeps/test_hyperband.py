@@ -9,8 +9,8 @@ import pytest
 from metaopt.sweeps.definition import Hyperband
 from metaopt.sweeps.hyperband import HyperbandPruner, brackets
 
-# Brackets at 2, 6, 18, ... The second values are 4, 6, 9, 2, 7, 8, 6.5: n = 7, floor(7 / 3) = 2; counting 2, 4, 6 from 0,
-# the threshold is 6.
+# Brackets at 2, 6, 18, ... The second values are 4, 6, 9, 2, 7, 8, 6.5, in order 2, 4, 6, 6.5, 7, 8, 9: n = 7,
+# floor(7 / 3) = 2, and at place 2 counted from 0 stands the threshold, 6.
 RUNS = {
     "fallen to 3": [5, 4, 3, 3],
     "6, a tie": [6, 6, 6],
