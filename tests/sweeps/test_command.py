@@ -118,3 +118,13 @@ def test_nested_values_are_those_of_wandb_config() -> None:
     sweep = parse(f"program: train.py\n{PARAMETERS}")
     assert nested(CONFIG, sweep) == VALUES
     assert nested({"a.b.c": 1, "a.b.d": 2, "e": 3}) == {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
+
+
+def test_a_name_with_a_dot_stands_beside_what_is_before_the_dot() -> None:
+    # So do sweeps of programs that are configured by Hydra.
+    sweep = parse("{program: a, method: grid, parameters: {optimizer: {value: sgd}, optimizer.lr: {value: 0.1}}}")
+    (point,) = sweep.grid()
+    assert nested(point, sweep) == {"optimizer": "sgd", "optimizer.lr": 0.1}
+    assert expand(sweep, point, "python")[-2:] == ["--optimizer=sgd", "--optimizer.lr=0.1"]
+    with pytest.raises(ValueError, match=r"optimizer and optimizer\.lr cannot both be nested: pass the sweep"):
+        nested(point)
