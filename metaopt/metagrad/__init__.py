@@ -7,6 +7,7 @@ from metaopt.metagrad.forward import Forward
 from metaopt.metagrad.implicit import Implicit
 from metaopt.metagrad.online import Online
 from metaopt.metagrad.pes import PES
+from metaopt.metagrad.ranks import Ranks
 from metaopt.metagrad.truncated_es import TruncatedES
 from metaopt.metagrad.unrolled import Unrolled
 
@@ -18,6 +19,7 @@ __all__ = [
     "Forward",
     "Implicit",
     "Online",
+    "Ranks",
     "Record",
     "TruncatedES",
     "Unrolled",

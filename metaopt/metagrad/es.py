@@ -61,7 +61,6 @@ class ES:
     def __repr__(self) -> str:
         return f"ES(steps={self.steps}, std={self.std}, pairs={self.pairs}, objective={self.objective!r})"
 
-    @torch.no_grad()
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:
@@ -76,7 +75,21 @@ class ES:
         Returns:
             The estimate of the smoothed meta-loss, 0-d.
         """
-        pairs = Pairs(task, opt, hyper, self.std, self.pairs, self.steps, self.objective, compile=self.compile)
+        return self.backward_share(range(self.pairs), task, opt, hyper, generator)
+
+    @torch.no_grad()
+    def backward_share(
+        self, rows: range, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
+    ) -> Tensor:
+        """The same from some of the pairs alone, as one of several processes; it draws what all of them draw.
+
+        Args:
+            rows: which pairs.
+            task, opt, hyper, generator: as for `backward`.
+        """
+        pairs = Pairs(
+            task, opt, hyper, self.std, self.pairs, self.steps, self.objective, compile=self.compile, rows=rows
+        )
         pairs.renew(generator)
         noise = pairs.perturbation.draw(generator)
         losses = pairs.run(noise, self.steps, generator)

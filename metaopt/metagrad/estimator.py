@@ -21,7 +21,11 @@ from metaopt.tasks import Task, TaskBatch
 
 @runtime_checkable
 class Estimator(Protocol):
-    """An estimator of meta-gradients."""
+    """An estimator of meta-gradients.
+
+    One that keeps something between calls has ``state_dict`` and ``load_state_dict``, to be resumed from a checkpoint,
+    and `metaopt.metagrad.ongoing` says what they may hold if many processes are to share it.
+    """
 
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None

@@ -18,7 +18,7 @@ from metaopt.checks import check_count, check_real
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Leaves
 from metaopt.metagrad.objective import check_objective
-from metaopt.metagrad.ongoing import Resumable, Start
+from metaopt.metagrad.ongoing import Resumable, Start, placed
 from metaopt.metagrad.solvers import Product, Solution, Vector, added, conjugate_gradient, neumann, norm
 from metaopt.metagrad.stationarity import refuse_steering, stationarity
 from metaopt.tasks import Task, TaskBatch
@@ -50,11 +50,13 @@ class _Trained(NamedTuple):
     first: float  # norm of the inner gradient at the start of all training
 
     def state(self) -> dict[str, Any]:
-        return {**self.start.state(), "solution": list(self.solution), "first": self.first}
+        start = self.start.state()
+        return {**start, "rows": {**start["rows"], "solution": list(self.solution)}, "first": self.first}
 
     @staticmethod
     def restored(state: dict[str, Any], owners: tuple[Any, ...], generator: Generator | None) -> _Trained:
-        return _Trained(owners, Start.restored(state, owners[0], generator), state["solution"], state["first"])
+        start = Start.restored(state, owners[0], generator)
+        return _Trained(owners, start, placed(state["rows"]["solution"], start.params), state["first"])
 
 
 class Implicit(Resumable):

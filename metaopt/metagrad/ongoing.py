@@ -5,6 +5,9 @@
 
 What is saved is the tensors alone. The trees that they belong to are the task's to know, and it is asked at the next
 call: with the generator put back afterwards, so that an unroll that was saved draws what it would have drawn.
+
+Of several runs, or pairs, the tensors under "rows" have a row for each (or no dimension, if they all share it): of
+unrolls that many processes share they can be put together, and divided again among another number of them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Generator, Tensor
 
 from metaopt.tasks import Runs, Task, TaskBatch
 from metaopt.tasks.family import drawn
+from metaopt.tasks.share import SomeRuns, whole
 from metaopt.unroll.program import Split, Tensors
 from metaopt.unroll.randomness import Snapshot
 
@@ -24,7 +28,7 @@ class Run(Protocol):
     """What goes on between calls.
 
     Attributes:
-        owners: the task, optimizer and hyper that it is a run of.
+        owners: the task, optimizer and hyper that it is a run of, and of pairs which of them.
     """
 
     @property
@@ -73,12 +77,16 @@ class Resumable:
         run: Any
         if self._saved is not None:
             run = restore(self._saved)
-        elif self._run is not None and all(a is b for a, b in zip(self._run.owners, owners, strict=True)):
+        elif self._run is not None and all(map(_same, self._run.owners, owners)):
             run = self._run
         else:
             run = begin()
         self._saved = None
         return run  # type: ignore[no-any-return]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, range) and one == other)
 
 
 class Start(NamedTuple):
@@ -99,7 +107,7 @@ class Start(NamedTuple):
         return Start(trained, trained.init(generator))
 
     def state(self) -> dict[str, Any]:
-        return {"config": list(config(self.task).tensors), "params": list(Split(self.params).tensors)}
+        return {"config": list(config(whole(self.task)).tensors), "rows": {"params": list(Split(self.params).tensors)}}
 
     @staticmethod
     def restored(state: Mapping[str, Any], task: Task | TaskBatch, generator: Generator | None) -> Start:
@@ -108,9 +116,11 @@ class Start(NamedTuple):
         like = Start.draw(task, generator)
         here.restore()
         trained = like.task
-        if isinstance(trained, Runs):
-            trained = trained.with_config(_join(config(trained), state["config"]))
-        return Start(trained, _join(Split(like.params), state["params"]))
+        everything = whole(trained)
+        if isinstance(everything, Runs):  # what is drawn may depend on the configuration of all
+            everything = everything.with_config(_join(config(everything), state["config"]))
+            trained = SomeRuns(everything, trained.rows) if isinstance(trained, SomeRuns) else everything
+        return Start(trained, _join(Split(like.params), state["rows"]["params"]))
 
 
 class Ongoing(NamedTuple):
@@ -141,24 +151,31 @@ class Ongoing(NamedTuple):
 
     def state(self) -> dict[str, Any]:
         carry = None if self.carry is None else list(self.carry)
-        return {**self.start.state(), "carry": carry, "step": self.step, "batch": list(Split(self.batch).tensors)}
+        start, batch = self.start.state(), list(Split(self.batch).tensors)
+        return {**start, "rows": {**start["rows"], "carry": carry, "batch": batch}, "step": self.step}
 
     @staticmethod
     def restored(state: Mapping[str, Any], owners: tuple[Any, ...], generator: Generator | None) -> Ongoing:
         """The one that was saved."""
-        start = Start.restored(state, owners[0], generator)
+        start, rows = Start.restored(state, owners[0], generator), state["rows"]
         batch = None
-        if state["batch"]:
+        if rows["batch"]:
             here = Snapshot(generator)
-            batch = _join(Split(start.task.batch(state["step"], generator)), state["batch"])
+            batch = _join(Split(start.task.batch(state["step"], generator)), rows["batch"])
             here.restore()
-        carry = None if state["carry"] is None else tuple(state["carry"])
+        carry = None if rows["carry"] is None else tuple(placed(rows["carry"], start.params))
         return Ongoing(owners, start, carry, state["step"], batch)
 
 
 def config(task: Task) -> Split:
     """In what its runs differ."""
     return Split(task.config if isinstance(task, Runs) else ())
+
+
+def placed(tensors: Sequence[Tensor], params: Any) -> list[Tensor]:
+    """The tensors on the device of the parameters."""
+    device = Split(params).tensors[0].device
+    return [tensor.to(device) for tensor in tensors]
 
 
 def _join(like: Split, tensors: Sequence[Tensor]) -> Any:

@@ -33,9 +33,10 @@ class Pairs:
         objective: what is measured.
         compile: compile the step.
         ends: where each pair's first unroll ends, if not at the horizon.
+        rows: which of the pairs are trained; all are drawn. None for all.
 
     Attributes:
-        owners: task, optimizer and hyper.
+        owners: task, optimizer, hyper and rows.
         perturbation: of the hyperparameters.
         seen: the sum of the perturbations that each pair has seen in its present unroll.
     """
@@ -52,9 +53,12 @@ class Pairs:
         *,
         compile: bool,
         ends: list[int] | None = None,
+        rows: range | None = None,
     ) -> None:
-        self.owners = (task, opt, hyper)
-        self.perturbation = Perturbation(opt, hyper, std, pairs)
+        rows = range(pairs) if rows is None else rows
+        self.owners = (task, opt, hyper, rows)
+        self.perturbation = Perturbation(opt, hyper, std, pairs, rows)
+        self._rows = rows
         self._task, self._opt, self._steps, self._compile = task, opt, steps, compile
         self._whole = whole(objective, steps)
         self._ends = ends or [steps] * pairs
@@ -76,16 +80,22 @@ class Pairs:
             self._each[index] = Start.draw(self._task, generator)
             self._at[index] = 0
         if over:
-            self.seen = [seen.index_fill(0, torch.tensor(over, device=seen.device), 0.0) for seen in self.seen]
+            mine = [index - self._rows.start for index in over if index in self._rows]
+            self.seen = [seen.index_fill(0, torch.tensor(mine, device=seen.device), 0.0) for seen in self.seen]
             self._line_up()
 
     def _line_up(self) -> None:
-        self._starts = _twice(stack([start.params for start in self._started()]))
-        self._config = _twice(stack([config(start.task).tensors for start in self._started()]))
+        starts = self._own(self._started())
+        self._starts = _twice(stack([start.params for start in starts]))
+        self._config = _twice(stack([config(start.task).tensors for start in starts]))
 
     def _started(self) -> list[Start]:
         """One a pair, once all have begun."""
         return [start for start in self._each if start is not None]
+
+    def _own(self, each: list[Any]) -> list[Any]:
+        """Those of the pairs that are trained."""
+        return each[self._rows.start : self._rows.stop]
 
     def state(self) -> dict[str, Any]:
         """Where they stand, to be saved."""
@@ -93,8 +103,7 @@ class Pairs:
             "at": list(self._at),
             "ends": list(self._ends),
             "each": [start.state() for start in self._started()],
-            "seen": list(self.seen),
-            "carry": list(self._carry or ()),
+            "rows": {"seen": list(self.seen), "carry": [_by_pair(tensor) for tensor in self._carry or ()]},
         }
 
     def restored(self, state: Mapping[str, Any], generator: Generator | None) -> Pairs:
@@ -107,8 +116,10 @@ class Pairs:
             raise ValueError(f"what was saved are {len(state['each'])} pairs of unrolls, not {len(self._each)}")
         self._at, self._ends = list(state["at"]), list(state["ends"])
         self._each = [Start.restored(saved, self._task, generator) for saved in state["each"]]
-        self.seen, self._carry = list(state["seen"]), tuple(state["carry"]) or None
         self._line_up()
+        rows, device = state["rows"], pytree.tree_leaves(self._starts)[0].device
+        self.seen = [seen.to(zero) for seen, zero in zip(rows["seen"], self.seen, strict=True)]
+        self._carry = tuple(_by_sign(tensor).to(device) for tensor in rows["carry"]) or None
         return self
 
     def run(self, noise: Noise, window: int, generator: Generator | None, *, go_on: bool = True) -> Tensor:
@@ -121,11 +132,11 @@ class Pairs:
             go_on: whether the next window begins at the end of this one, or where this one began.
 
         Returns:
-            Each particle's part of the objective, shape (2 N,), in the order of `Perturbation.values`.
+            Each particle's part of the objective, shape (2 rows,), in the order of `Perturbation.values`.
         """
         window = min(window, *(end - at for end, at in zip(self._ends, self._at, strict=True)))
         device = pytree.tree_leaves(self._starts)[0].device
-        begins = torch.tensor(self._at, device=device).repeat(2)
+        begins = torch.tensor(self._own(self._at), device=device).repeat(2)
         steps = begins[:, None] + torch.arange(window, device=device)
         values = self.perturbation.exact()
         if self._particles is None or self._values is None or self._values.differs(Split(values)):
@@ -138,7 +149,8 @@ class Pairs:
         tasks = [start.task for start in self._started()]
 
         def batches(k: int) -> Any:
-            return _twice(stack([task.batch(t + k, generator) for task, t in zip(tasks, self._at, strict=True)]))
+            drawn = [task.batch(t + k, generator) for task, t in zip(tasks, self._at, strict=True)]
+            return _twice(stack(self._own(drawn)))
 
         self.seen = [seen + e for seen, e in zip(self.seen, noise, strict=True)]
         carry, losses = self._particles.run(carry, inputs, batches, steps, self._whole)
@@ -150,3 +162,15 @@ class Pairs:
 def _twice(tree: Any) -> Any:
     """For both of a pair."""
     return pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), tree)
+
+
+def _by_pair(particles: Tensor) -> Tensor:
+    """A row for each pair, with its two: shape (rows, 2, ...)."""
+    pairs: Tensor = particles.unflatten(0, (2, -1)).transpose(0, 1).contiguous()
+    return pairs
+
+
+def _by_sign(pairs: Tensor) -> Tensor:
+    """The particles again: first those with +noise, then those with -noise."""
+    particles: Tensor = pairs.transpose(0, 1).flatten(0, 1)
+    return particles

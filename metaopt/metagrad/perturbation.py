@@ -16,7 +16,7 @@ from metaopt.checks import check_count, check_real
 from metaopt.functional import Optimizer
 from metaopt.unroll.program import Split, Tensors
 
-Noise = list[Tensor]  # for each parameter that requires grad one tensor, with a leading dimension of pairs
+Noise = list[Tensor]  # for each parameter that requires grad one tensor, with a leading dimension of pairs (the rows)
 
 
 class Perturbation:
@@ -27,19 +27,20 @@ class Perturbation:
         hyper: a module whose call returns a mapping of values.
         std: standard deviation of the perturbations.
         pairs: how many.
+        rows: which of them are evaluated; all are drawn.
 
     Raises:
         ValueError: no parameter requires grad.
     """
 
-    def __init__(self, opt: Optimizer, hyper: nn.Module, std: float, pairs: int) -> None:
-        self._opt, self._hyper, self._std, self._pairs = opt, hyper, std, pairs
+    def __init__(self, opt: Optimizer, hyper: nn.Module, std: float, pairs: int, rows: range) -> None:
+        self._opt, self._hyper, self._std, self._pairs, self._rows = opt, hyper, std, pairs, rows
         self._named = {name: p for name, p in hyper.named_parameters() if p.requires_grad}
         if not self._named:
             raise ValueError("hyper has nothing to learn: none of its parameters requires grad")
 
     def zeros(self) -> Noise:
-        return [p.new_zeros(self._pairs, *p.shape) for p in self._named.values()]
+        return [p.new_zeros(len(self._rows), *p.shape) for p in self._named.values()]
 
     def draw(self, generator: Generator | None) -> Noise:
         """Normal noise, on the generator's device if that is not the parameters'."""
@@ -47,7 +48,7 @@ class Perturbation:
         for p in self._named.values():
             device = p.device if generator is None else generator.device
             sample = torch.randn(self._pairs, *p.shape, generator=generator, dtype=p.dtype, device=device)
-            noise.append(self._std * sample.to(p.device))
+            noise.append(self._std * sample[self._rows.start : self._rows.stop].to(p.device))
         return noise
 
     def values(self, noise: Noise) -> Tensors:
@@ -77,11 +78,11 @@ class Perturbation:
         """Accumulate ``sum_i e_i (L(+e_i) - L(-e_i)) / (2 N std^2)`` into ``.grad`` of the parameters.
 
         Args:
-            noise: e.
+            noise: e, of the N pairs that are evaluated.
             losses: of the particles, in the order of `values`.
         """
-        plus, minus = losses.view(2, self._pairs)
-        weight = (plus - minus) / (2.0 * self._pairs * self._std**2)
+        plus, minus = losses.view(2, -1)
+        weight = (plus - minus) / (2.0 * len(plus) * self._std**2)
         for p, e in zip(self._named.values(), noise, strict=True):
             grad = torch.tensordot(weight.to(e), e, dims=1)
             p.grad = grad if p.grad is None else p.grad + grad

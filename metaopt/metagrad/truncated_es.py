@@ -78,7 +78,6 @@ class TruncatedES(Resumable):
         """How many calls go over the horizon."""
         return math.ceil(self.steps / self.truncation)
 
-    @torch.no_grad()
     def backward(
         self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:
@@ -86,11 +85,23 @@ class TruncatedES(Resumable):
 
         Args, Returns: as for `metaopt.metagrad.PES.backward`.
         """
-        owners = (task, opt, hyper)
+        return self.backward_share(range(self.pairs), task, opt, hyper, generator)
+
+    @torch.no_grad()
+    def backward_share(
+        self, rows: range, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
+    ) -> Tensor:
+        """The same from some of the pairs alone, as one of several processes; it draws what all of them draw.
+
+        Args:
+            rows: which pairs.
+            task, opt, hyper, generator: as for `backward`.
+        """
+        owners = (task, opt, hyper, rows)
         run = self._going_on(
             owners,
-            lambda: self._pairs(owners),
-            lambda state: self._pairs(owners).restored(state, generator),
+            lambda: self._pairs(*owners),
+            lambda state: self._pairs(*owners).restored(state, generator),
         )
         self._run = None  # until the window is done: an exception on the way lets the next call begin new unrolls
         run.renew(generator)
@@ -103,5 +114,6 @@ class TruncatedES(Resumable):
         self._run = run
         return losses.mean()
 
-    def _pairs(self, owners: tuple[Task | TaskBatch, Optimizer, nn.Module]) -> Pairs:
-        return Pairs(*owners, self.std, self.pairs, self.steps, self.objective, compile=self.compile)
+    def _pairs(self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, rows: range) -> Pairs:
+        of = (task, opt, hyper, self.std, self.pairs, self.steps, self.objective)
+        return Pairs(*of, compile=self.compile, rows=rows)

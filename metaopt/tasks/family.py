@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.checks import check_count
 from metaopt.tasks.runs import Runs
+from metaopt.tasks.share import SomeRuns
 from metaopt.tasks.task import Batch, Params, Task
 
 Config = Any  # a pytree of tensors
@@ -89,6 +90,9 @@ class TaskBatch:
         family: the distribution over tasks.
         count: how many at once, >= 1; the meta-loss is their mean.
 
+    Attributes:
+        rows: which of those that are drawn are trained here, where several processes share them; None for all.
+
     Raises:
         ValueError: ``count`` is below 1.
 
@@ -102,17 +106,19 @@ class TaskBatch:
         True
     """
 
+    rows: range | None = None
+
     def __init__(self, family: TaskFamily, count: int) -> None:
         check_count("count", count)
         self.family = family
         self.count = count
 
-    def draw(self, generator: Generator | None) -> Tasks:
+    def draw(self, generator: Generator | None) -> Runs:
         """Tasks to train on."""
         tasks = Tasks(self.family, self.family.sample(self.count, generator))
         if tasks.count != self.count:
             raise ValueError(f"sample(count={self.count}) of the family returned {tasks.count} configurations")
-        return tasks
+        return tasks if self.rows is None else SomeRuns(tasks, self.rows)
 
 
 def drawn(task: Task | TaskBatch, generator: Generator | None) -> Task:

@@ -22,10 +22,12 @@ class Runs(ABC):
     Attributes:
         config: in what the runs differ, a pytree of tensors with that dimension; empty if it is in their randomness.
         key: equal for runs that differ in their configuration alone.
+        count: how many they are.
     """
 
     config: Any = ()
     key: Hashable
+    count: int
 
     @abstractmethod
     def single(self, config: Any) -> Task:

@@ -14,6 +14,9 @@ class Interruption:
 
     Outside the main thread, where signals cannot be caught, it notes nothing.
 
+    Args:
+        shown: whether to say so on stderr.
+
     Attributes:
         requested: the signal that has come, if any.
 
@@ -25,9 +28,11 @@ class Interruption:
         SIGTERM
     """
 
-    def __init__(self, message: str = "stopping after this meta-step; once more to stop at once") -> None:
+    def __init__(
+        self, message: str = "stopping after this meta-step; once more to stop at once", *, shown: bool = True
+    ) -> None:
         self.requested: signal.Signals | None = None
-        self._message = message
+        self._message, self._shown = message, shown
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -45,7 +50,8 @@ class Interruption:
         if self.requested is not None:
             raise Stopped(signal.Signals(number))
         self.requested = signal.Signals(number)
-        print(f"\n{self.requested.name}: {self._message}", file=sys.stderr, flush=True)
+        if self._shown:
+            print(f"\n{self.requested.name}: {self._message}", file=sys.stderr, flush=True)
 
 
 class Stopped(SystemExit):

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from signal import Signals
 from time import perf_counter
 from typing import Any, Literal
 
@@ -117,11 +118,16 @@ def meta_train(
     if not any(id(p) in held for p in hyper.parameters()):
         raise ValueError("meta_optimizer holds none of hyper's parameters: make it with hyper.parameters()")
     parts = Parts(opt, hyper, estimator, meta_optimizer, scheduler, generator)
+    ranks = parts.ranks
+    ranks.check(estimator, task)
+    ranks.align(hyper, generator)
     loop = _Loop(task, parts, steps, tracker, on_nonfinite)
     if checkpoint is None:
         loop.run(0, progress)
         return parts.result
-    with Checkpoints(checkpoint) as checkpoints, Interruption() as interruption:
+    checkpoints = Checkpoints(checkpoint)
+    with contextlib.ExitStack() as stack, Interruption(shown=ranks.first) as interruption:
+        ranks.of_first(lambda: stack.enter_context(checkpoints).folder)  # the first has them open, for all
         saver = Saver(checkpoints, parts)
         done = saver.resume()
         if done > steps:
@@ -142,9 +148,9 @@ class _Loop:
         on_nonfinite: Literal["raise", "skip"],
     ) -> None:
         self._task, self._parts, self._steps = task, parts, steps
-        self._tracker = complete(tracker)
+        self._tracker = complete(tracker) if parts.ranks.first else Nothing()
         # A training run is a price that only those pay who can see it.
-        self._looks = isinstance(tracker, Run) and not isinstance(tracker, Nothing)
+        self._looks = isinstance(tracker, Run) and not isinstance(self._tracker, Nothing)
         self._on_nonfinite = on_nonfinite
         self._warned = False
 
@@ -154,23 +160,27 @@ class _Loop:
         """Take the steps that are left."""
         if done == self._steps:
             return
-        parts = self._parts
+        parts, ranks = self._parts, self._parts.ranks
         if saver is not None:
             self._tracker.rewind(done)
-        with Progress(self._steps, shown=progress, done=done) as bar:
+        with Progress(self._steps, shown=progress and ranks.first, done=done) as bar:
             for step in range(done, self._steps):
                 record = self._step(step)
                 self._track(record, step)
                 bar.update(record["meta_loss"], record.get("hyper", {}))
                 if saver is None or interruption is None:
                     continue
-                if interruption.requested is not None:
+                # Signals do not reach all processes at once, and their clocks differ: they stop and save together.
+                requested, due = ranks.largest([interruption.requested or 0, ranks.first and saver.due])
+                if requested:
                     saver.save(step + 1)
-                    where = f"after meta-step {step + 1} of {self._steps}; start it again to go on"
-                    print(f"stopped {where}", file=sys.stderr, flush=True)
-                    raise Stopped(interruption.requested)
-                with _only_warned():
-                    saver.save(step + 1) if step + 1 == self._steps else saver.maybe(step + 1)
+                    if ranks.first:
+                        where = f"after meta-step {step + 1} of {self._steps}; start it again to go on"
+                        print(f"stopped {where}", file=sys.stderr, flush=True)
+                    raise Stopped(Signals(int(requested)))
+                if due or step + 1 == self._steps:
+                    with _only_warned(shown=ranks.first):
+                        saver.save(step + 1)
         if isinstance(parts.hyper, Hyperparameters):
             self._tracker.artifact("hyperparameters", parts.hyper.numbers())
 
@@ -181,7 +191,7 @@ class _Loop:
         parts.meta_optimizer.zero_grad()
         hyper.zero_grad()  # it may have parameters that the meta-optimizer does not hold
         before = Snapshot(parts.generator)
-        loss = parts.estimator.backward(self._task, parts.opt, hyper, parts.generator).item()
+        loss = parts.ranks.backward(parts.estimator, self._task, parts.opt, hyper, parts.generator).item()
         grads = grads_by_name(hyper)
         norms = {name: float(grad.norm()) for name, grad in grads.items()}
         record: dict[str, Any] = {
@@ -223,7 +233,7 @@ class _Loop:
     def _maybe_warn(self, record: dict[str, Any], before: Snapshot) -> None:
         """Once, if the meta-gradient explodes."""
         limit = _EXPLODED * max(1.0, abs(record["meta_loss"]))
-        if not self._warned and record["grad_norm"] > limit:
+        if self._parts.ranks.first and not self._warned and record["grad_norm"] > limit:
             self._warned = True
             parts = self._parts
             warnings.warn(
@@ -260,9 +270,10 @@ def _memory() -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _only_warned() -> Iterator[None]:
+def _only_warned(*, shown: bool) -> Iterator[None]:
     """A full disk in the middle of a run is no reason to end it."""
     try:
         yield
     except CheckpointError as error:
-        warnings.warn(f"{error}; the run goes on, and tries again", stacklevel=3)
+        if shown:
+            warnings.warn(f"{error}; the run goes on, and tries again", stacklevel=3)

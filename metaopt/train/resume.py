@@ -11,7 +11,7 @@ import torch
 from torch import Generator, nn
 
 from metaopt.functional import Optimizer
-from metaopt.metagrad import Estimator
+from metaopt.metagrad import Estimator, Ranks
 from metaopt.train.checkpoint import CheckpointError, Checkpoints
 from metaopt.train.result import Best, MetaTrainResult
 from metaopt.train.signal import SignalToNoise
@@ -26,6 +26,7 @@ class Parts:
     """All of a run that changes, or that a resumed run must share.
 
     Attributes:
+        ranks: the processes that share it; what is saved does not depend on their number.
         skipping: how many of the last meta-steps in a row were skipped.
     """
 
@@ -38,6 +39,7 @@ class Parts:
     result: MetaTrainResult = field(default_factory=MetaTrainResult)
     signal: SignalToNoise = field(default_factory=SignalToNoise)
     skipping: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,11 +50,11 @@ class Parts:
             "estimator": _described(self.estimator),
             "meta_optimizer": type(self.meta_optimizer).__qualname__,
             "scheduler": None if self.scheduler is None else type(self.scheduler).__qualname__,
-            "generator": None if self.generator is None else str(self.generator.device),
+            "generator": None if self.generator is None else self.generator.device.type,
         }
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Tensors and plain values, for the first process to save."""
         estimator: Any = self.estimator
         result = self.result
         return {
@@ -60,7 +62,7 @@ class Parts:
             "hyper": dict(self.hyper.state_dict()),
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "estimator": estimator.state_dict() if hasattr(estimator, "state_dict") else {},
+            "estimator": self.ranks.whole(estimator.state_dict()) if hasattr(estimator, "state_dict") else {},
             "randomness": Snapshot(self.generator).state_dict(),
             "losses": list(result.losses),
             "history": list(result.history),
@@ -88,9 +90,9 @@ class Parts:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if hasattr(estimator, "load_state_dict"):
-            estimator.load_state_dict(state["estimator"])
+            estimator.load_state_dict(self.ranks.own(state["estimator"]))
         randomness = Snapshot(self.generator)
-        randomness.load_state_dict(state["randomness"])
+        randomness.load_state_dict(self.ranks.randomness(state["randomness"]))
         randomness.restore()
         best = None if state["best"] is None else Best(*state["best"])
         self.result = MetaTrainResult(list(state["losses"]), list(state["history"]), best)
@@ -113,7 +115,7 @@ class Saver:
 
     def resume(self) -> int:
         """Go back to the last checkpoint, or write the first; the meta-steps that are behind."""
-        found = self._checkpoints.latest()
+        found = self._parts.ranks.of_first(self._checkpoints.latest)
         if found is None:
             self.save(0)
             return 0
@@ -122,17 +124,18 @@ class Saver:
         self._saved_step = step
         return step
 
-    def maybe(self, step: int) -> None:
-        """Write one if it is time."""
-        if perf_counter() >= self._due:
-            self.save(step)
+    @property
+    def due(self) -> bool:
+        """Whether it is time for one."""
+        return perf_counter() >= self._due
 
     def save(self, step: int) -> None:
-        """Write one, unless it is there."""
+        """Write one, unless it is there. All processes take part."""
         if step == self._saved_step:
             return
         started = perf_counter()
-        self._checkpoints.save(step, self._parts.state())
+        state = self._parts.state()
+        self._parts.ranks.of_first(lambda: self._checkpoints.save(step, state))
         self._saved_step = step
         ended = perf_counter()
         self._due = ended + _PATIENCE * (ended - started)

@@ -39,8 +39,9 @@ class SignalToNoise:
         ratios: dict[str, float] = {}
         for name, grad in grads.items():
             grad = grad.detach().to(torch.float64)
-            mean = self._means.get(name, torch.zeros_like(grad)).lerp(grad, 1 - self._decay)
-            square = self._squares.get(name, torch.zeros_like(grad)).lerp(grad.square(), 1 - self._decay)
+            zero = torch.zeros_like(grad)
+            mean = self._means.get(name, zero).to(grad).lerp(grad, 1 - self._decay)
+            square = self._squares.get(name, zero).to(grad).lerp(grad.square(), 1 - self._decay)
             self._means[name], self._squares[name] = mean, square
             noise = (square / self._weight - (mean / self._weight).square()).clamp_min(0).sum().sqrt()
             if not first and noise > 0:
