@@ -125,7 +125,7 @@ def asked_mode(mode: str | None) -> Mode | None:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder for wandb's files, and have all that it stages and caches kept in there."""
+    """Make the folder for wandb's files, and say in the environment, where the user has not, how wandb should behave."""
     folder = folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,8 +134,10 @@ def _prepare(folder: Path) -> None:
             raise PermissionError(f"no permission to write to {folder}")
     except OSError as error:
         raise RuntimeError(f"wandb could not start a run in {folder.parent}: {error}") from error
-    for variable, name in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
-        os.environ.setdefault(variable, str(folder / name))
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
+    # its reports about itself go to its server in offline mode too; without a network they cost seconds at the end
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def _mode_of_settings(settings: Any, key: str | None) -> Mode:

@@ -160,9 +160,10 @@ def test_a_rewind_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: 
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"cannot rewind .*record.jsonl: No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        run.rewind(1)
+        with pytest.raises(OSError, match=r"cannot rewind .*record.jsonl: No space left"):
+            run.rewind(1)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
     run.rewind(1)
@@ -261,7 +262,7 @@ def test_a_line_that_was_cut_by_a_full_disk_is_not_there_later(path: Path) -> No
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(path: Path) -> None:
     run = JSONL(path)
-    with pytest.raises(TypeError, match="object is not JSON serializable|Object of type object"):
+    with pytest.raises(TypeError, match="Object of type object"):
         run.log({"loss": 0.5, "model": object()}, 0)
     with pytest.raises(TypeError, match="Object of type object"):
         run.log({"loss": math.nan, "model": object()}, 0)
