@@ -125,7 +125,7 @@ def asked_mode(mode: str | None) -> Mode | None:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder for wandb's files, and say in the environment, where the user has not, how wandb should behave."""
+    """Make the folder for wandb's files, and settle in the environment what the user has not."""
     folder = folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _key(settings: Any) -> str | None:
         except (OSError, netrc.NetrcParseError):
             continue
         for host in hosts:
-            entry = entries.authenticators(host)
+            entry = entries.hosts.get(host)  # an entry for any host at all is no key of wandb's
             if entry is not None and entry[2]:
                 return entry[2]
     return settings.api_key or None

@@ -95,7 +95,9 @@ class Told:
         self.home.mkdir()
         with socket.create_server(("127.0.0.1", 0)) as server:
             url = f"http://127.0.0.1:{server.getsockname()[1]}"
-            self.code, self.printed = self._run(environment(self.home, WANDB_BASE_URL=url, TERM="xterm"))
+            self.code, self.printed = self._run(
+                environment(self.home, WANDB_BASE_URL=url, TERM="xterm", PYTHONWARNINGS="error")
+            )
             server.settimeout(0)
             try:
                 server.accept()[0].close()
@@ -285,9 +287,12 @@ def test_a_kill_loses_no_line_of_the_record_and_less_than_a_second_in_wandb(tmp_
 SWEPT = """
 import json, sys
 from metaopt.tracking import start
-run = start(sys.argv[1], {"lr": 0.1, "steps": 60}, name="ours", group="ours", job_type="ours")
-run.log({"loss": 0.5}, 0)
-run.finish()
+try:
+    with start(sys.argv[1], {"lr": 0.1, "steps": 60}, name="ours", group="ours", job_type="ours") as run:
+        run.log({"loss": 0.5}, 0)
+        raise KeyError
+except KeyError:
+    pass
 """
 
 
@@ -315,7 +320,9 @@ def test_the_environment_of_a_sweep_goes_before_the_arguments(tmp_path: Path) ->
         "job",
         "project",
     ]
-    assert stored.summary()["config"] == {"lr": 0.5, "steps": 60}
+    summary = stored.summary()
+    assert summary["config"] == {"lr": 0.5, "steps": 60}
+    assert summary["exit_code"] == 1  # the block failed
     assert stored.rows == [{"meta_step": 0, "loss": 0.5}]
     assert json.loads((tmp_path / "ours" / "record.jsonl").read_text()) == {"step": 0, "loss": 0.5}
 
@@ -351,9 +358,11 @@ wandb.init = init
 failing, failure = "offline", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 attempt()
 failing, failure = "online", wandb.errors.CommError("no route to host")
-with open(os.path.expanduser("~/.netrc"), "w") as file:
-    file.write("machine api.wandb.ai login user password " + "a" * 40)
 warnings.simplefilter("ignore", RuntimeWarning)
+for entry in ("default", "machine api.wandb.ai"):
+    attempt()
+    with open(os.path.expanduser("~/.netrc"), "w") as file:
+        file.write(entry + " login user password " + "a" * 40)
 attempt()
 attempt(mode="online")
 failure = wandb.errors.AuthenticationError("bad key")
@@ -378,6 +387,8 @@ def test_what_cannot_be_started_is_one_clear_error(tmp_path: Path) -> None:
     assert kind == "RuntimeError"
     assert "wandb could not start a run in /dev/null/runs: [Errno 20] Not a directory" in text
     assert next(results) == ["RuntimeError", f"{could_not}[Errno 28] No space left on device{without}"]
+    # without a key; with one for no host, or any
+    assert next(results) == next(results) == ["offline", "no key"]
     # with a key in ~/.netrc, and a server that does not answer, refuses it, answers
     assert next(results) == ["offline", "no key"]
     assert next(results) == ["RuntimeError", f"{could_not}no route to host{without}"]
