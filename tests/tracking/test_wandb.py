@@ -95,9 +95,7 @@ class Told:
         self.home.mkdir()
         with socket.create_server(("127.0.0.1", 0)) as server:
             url = f"http://127.0.0.1:{server.getsockname()[1]}"
-            self.code, self.printed = self._run(
-                environment(self.home, WANDB_BASE_URL=url, TERM="xterm", PYTHONWARNINGS="error")
-            )
+            self.code, self.printed = self._run(environment(self.home, WANDB_BASE_URL=url, TERM="xterm"))
             server.settimeout(0)
             try:
                 server.accept()[0].close()
