@@ -240,7 +240,7 @@ from metaopt.tracking import start
 run = start(sys.argv[1], {}, name="endless")
 for step in range(10**9):
     run.log({"time": time.time()}, step)
-    time.sleep(0.005)
+    time.sleep(0.04)
 """
 
 
@@ -262,7 +262,7 @@ def test_a_kill_loses_no_line_of_the_record_and_less_than_a_second_in_wandb(tmp_
         env=environment("/dev/null"),
     ) as process:
         deadline = time.monotonic() + 60
-        while not record.exists() or record.read_bytes().count(b"\n") < 300:
+        while not record.exists() or record.read_bytes().count(b"\n") < 50:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -276,7 +276,7 @@ def test_a_kill_loses_no_line_of_the_record_and_less_than_a_second_in_wandb(tmp_
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     kept = Stored(folder).rows
     assert [row["meta_step"] for row in kept] == list(range(len(kept)))
-    assert len(kept) > 50
+    assert len(kept) > 20
     assert lines[-1]["time"] - kept[-1]["time"] < 1.0
 
 
@@ -372,6 +372,17 @@ attempt()
 os.environ["WANDB_MODE"] = "disabled"
 attempt()
 attempt(mode="online")
+
+class Older:
+    model_fields = {}
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+wandb.Settings = Older
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    WandB({}, mode="offline", dir=sys.argv[1])
+print(json.dumps([str(warning.message) for warning in caught]))
 """
 
 
@@ -396,6 +407,9 @@ def test_what_cannot_be_started_is_one_clear_error(tmp_path: Path) -> None:
     assert next(results) == ["offline", "no key"]
     assert next(results) == ["disabled", None]
     assert next(results) == ["online", "api_key"]
+    # a version of wandb that cannot be told to write soon
+    (warning,) = next(results)
+    assert "has no setting x_transaction_log_flush_interval: if the process is killed, its file lacks some" in warning
     assert next(results, None) is None
 
 
