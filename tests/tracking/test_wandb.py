@@ -18,16 +18,10 @@ from typing import Any
 import pytest
 
 from metaopt.tracking import JSONL, WandB, start
+from tests.tracking.stored import Stored, environment
 
 pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
 pytestmark = pytest.mark.xdist_group("wandb")  # one worker, where groups are kept together: the runs are shared
-ROOT = Path(__file__).parents[2]
-
-
-def environment(home: Path | str, **variables: str) -> dict[str, str]:
-    """Without a key, and without a word of the user's about wandb."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_", "NETRC"))}
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), **variables}
 
 
 def python(program: str, *arguments: object, home: Path | str, **variables: str) -> list[Any]:
@@ -45,42 +39,6 @@ def python(program: str, *arguments: object, home: Path | str, **variables: str)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-class Stored:
-    """A run read back by ``wandb leet inspect``."""
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        self.records = [json.loads(line) for line in self._inspect().splitlines()]
-
-    def summary(self) -> Any:
-        return json.loads(self._inspect("--summary"))
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of its history, without wandb's own columns."""
-        items = [record["item"] for record in self.of("history")]
-        return [{name: value for name, value in item.items() if name[0] != "_"} for item in items]
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record[kind] for record in self.records if record["type"] == kind]
-
-    def table(self, name: str) -> Any:
-        """The last table of this name, from its file."""
-        path = next(row[f"{name}.path"] for row in reversed(self.rows) if f"{name}.path" in row)
-        return json.loads((self.folder / "files" / path).read_text())
-
-    def artifact(self, name: str) -> dict[str, Any]:
-        """The files of an artifact, read."""
-        (artifact,) = (artifact for artifact in self.of("artifact") if artifact["name"] == name)
-        assert artifact["type"] == "json"
-        contents = artifact["manifest"]["contents"]
-        return {entry["path"]: json.loads(Path(entry["local_path"]).read_text()) for entry in contents}
-
-    def _inspect(self, *options: str) -> str:
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(self.folder)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 # One program, logged in all ways, with a terminal before it
@@ -456,6 +414,7 @@ def test_what_is_off_or_disabled_imports_no_wandb_and_writes_nothing(tmp_path: P
     program = """
 import json, sys
 from metaopt.tracking import JSONL, WandB, start
+from tests.tracking.stored import ROOT, Stored, environment
 runs = [start(sys.argv[1], {}, name="first"), start(sys.argv[1], {}, name="first", wandb="off")]
 disabled = WandB({}, dir=sys.argv[1])
 with disabled.scope(a="b") as part:
