@@ -21,7 +21,6 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from torch import Generator
 
@@ -30,12 +29,12 @@ from experiments.parts import figure, table
 from experiments.parts.evaluation import Contender, Result, evaluate, read
 from experiments.parts.meta_optimizer import annealed_adam
 from experiments.parts.running import Trial, random_search
+from experiments.parts.session import Session, Tracked, options, session
 from experiments.parts.space import RADAM, RPROP, Range, Space, draw, fill
 from metaopt import PerParameter, Schedule
 from metaopt.functional import Optimizer
 from metaopt.functional.tree import Tree
 from metaopt.tasks import Digits, NoisyQuadratic, Replicas, Task, convnet
-from metaopt.tracking import JSONL
 
 TASKS: Mapping[str, Callable[[], Task]] = {
     "digits-mlp": partial(Digits, batch_size=256),
@@ -58,7 +57,7 @@ LEARNED = (("learned, scalars", "scalars"), ("learned, per step and parameter", 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Learn the hyperparameters of an optimizer through unrolled training, and compare."""
 
     optimizer: Literal["both", "radam", "rprop"] = "both"
@@ -77,7 +76,7 @@ class Config:
     """Fresh seeds of the evaluation."""
     seed: int = 0
     out: Path = Path("runs/hyperopt")
-    """Folder for record.jsonl and hyperopt.svg."""
+    """Folder for hyperopt.svg, config.yaml, record.jsonl, checkpoints and wandb's files."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "meta_steps", "replicas", "seeds"):
@@ -158,12 +157,12 @@ def starts(config: Config, optimizer: str, names: list[str], space: str) -> dict
     return fill(ranges, make)
 
 
-def learn(config: Config, optimizer: str, name: str, space: str) -> tuple[list[dict[str, Any]], Result]:
+def learn(config: Config, run: Session, optimizer: str, name: str, space: str) -> tuple[list[dict[str, Any]], Result]:
     """Meta-train; the history, and what was learned judged."""
     task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
     opt, names = make(), Tree(task.init(None)).names
     hyper = metaopt.Hyperparameters(opt, learn=starts(config, optimizer, names, space))
-    meta_optimizer = annealed_adam(hyper, config.meta_lr, config.meta_steps, config.clip, betas=(0.9, 0.99))
+    meta_optimizer, annealing = annealed_adam(hyper, config.meta_lr, config.meta_steps, config.clip, betas=(0.9, 0.99))
     result = metaopt.meta_train(
         Replicas(task, config.replicas),
         opt,
@@ -171,8 +170,9 @@ def learn(config: Config, optimizer: str, name: str, space: str) -> tuple[list[d
         metaopt.metagrad.Unrolled(config.steps),
         meta_optimizer,
         steps=config.meta_steps,
-        tracker=JSONL(config.out / "record.jsonl", optimizer=optimizer, study=name),
         generator=torch.Generator().manual_seed(config.seed),
+        scheduler=annealing,
+        **run.part(optimizer=optimizer, study=name),
     )
     contender = Contender(name, hyper.numbers(), trainings=config.trainings)
     return result.history, judge(config, optimizer, contender)
@@ -181,14 +181,24 @@ def learn(config: Config, optimizer: str, name: str, space: str) -> tuple[list[d
 def main(config: Config) -> dict[str, list[Result]]:
     """Learn, search, evaluate; print the table, save the figure and the record."""
     torch.set_num_threads(1)
-    console = Console()
-    record = config.out / "record.jsonl"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
     started = perf_counter()
+    with session(config, "hyperopt") as run:
+        results, histories = compared(config, run)
+    print()
+    console = Console()
+    Console(width=max(console.width, table.WIDTH)).print(table.make(results, config.steps, config.seeds))
+    path = figure.save(config.out / "hyperopt.svg", results, histories)
+    console.print(f"{perf_counter() - started:.0f} s; figure in {path}, record in {config.out / 'record.jsonl'}")
+    return results
+
+
+def compared(
+    config: Config, run: Session
+) -> tuple[dict[str, list[Result]], dict[str, dict[str, list[dict[str, Any]]]]]:
+    """Results and histories by optimizer; the searches run in a second process while this one learns."""
+    console = Console()
     histories: dict[str, dict[str, list[dict[str, Any]]]] = {}
     results: dict[str, list[Result]] = {}
-    # The searches run in a second process while this one learns.
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         defaults = {
             optimizer: pool.submit(judge, config, optimizer, Contender("torch's defaults", {}))
@@ -203,29 +213,25 @@ def main(config: Config) -> dict[str, list[Result]]:
             histories[optimizer], learned[optimizer] = {}, []
             for name, space in LEARNED:
                 console.print(f"[bold]{optimizer}[/], {name}: through {config.steps} steps of training")
-                histories[optimizer][name], judged = learn(config, optimizer, name, space)
+                histories[optimizer][name], judged = learn(config, run, optimizer, name, space)
                 learned[optimizer].append(judged)
         console.print("waiting for the random searches")
         for optimizer in config.optimizers:
             found = [future.result() for future in searches[optimizer]]
+            results[optimizer] = [defaults[optimizer].result(), *(best for _, best in found), *learned[optimizer]]
             for trials, best in found:
-                tracker = JSONL(record, optimizer=optimizer, study=best.contender.name)
-                for rank, trial in enumerate(trials):
-                    tracker.log(asdict(trial), rank)
-            results[optimizer] = [
-                defaults[optimizer].result(),
-                *(best for _, best in found),
-                *learned[optimizer],
-            ]
-            tracker = JSONL(record, optimizer=optimizer, study="evaluation")
-            for row, judged in enumerate(results[optimizer]):
-                tracker.log(table.as_record(judged), row)
-    print()
-    Console(width=max(console.width, table.WIDTH)).print(table.make(results, config.steps, config.seeds))
-    path = figure.save(config.out / "hyperopt.svg", results, histories)
-    console.print(f"{perf_counter() - started:.0f} s; figure in {path}, record in {record}")
-    return results
+                log(run, optimizer, best.contender.name, [asdict(trial) for trial in trials])
+            log(run, optimizer, "evaluation", [table.as_record(judged) for judged in results[optimizer]])
+    return results, histories
+
+
+def log(run: Session, optimizer: str, study: str, rows: list[dict[str, Any]]) -> None:
+    """Rows that are there once and for all."""
+    tracker = run.tracker.scope(optimizer=optimizer, study=study)
+    tracker.rewind(0)  # a run that was resumed may have logged them before
+    for number, row in enumerate(rows):
+        tracker.log(row, number)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(options(Config, __doc__))

@@ -100,7 +100,7 @@ class Config:
 def meta_train(config: Config, learned: LearnedOptimizer, console: Console) -> list[dict[str, Any]]:
     """Through the curriculum; what was logged at each meta-step."""
     task = Replicas(MNIST1D(partial(network, 50), config.batch_size), config.replicas)
-    meta_optimizer = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
+    meta_optimizer, annealing = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
     generator = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, Any]] = []
     for share, part in CURRICULUM:
@@ -108,7 +108,9 @@ def meta_train(config: Config, learned: LearnedOptimizer, console: Console) -> l
         console.print(f"{steps} meta-steps through {horizon} steps")
         # The mean of the inner losses: with the last alone, what is learned is better on this task and worse elsewhere.
         estimator = ESTIMATORS[config.estimator](horizon)
-        result = metaopt.meta_train(task, learned, learned, estimator, meta_optimizer, steps=steps, generator=generator)
+        result = metaopt.meta_train(
+            task, learned, learned, estimator, meta_optimizer, steps, generator=generator, scheduler=annealing
+        )
         history += result.history
     return history
 

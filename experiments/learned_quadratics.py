@@ -80,7 +80,7 @@ def curve(opt: Optimizer, config: Config, lr: float | None = None) -> list[float
 def meta_train(config: Config) -> MLPOptimizer:
     torch.manual_seed(config.seed)
     learned = MLPOptimizer(step_scale=0.1, magnitude_scale=1.0)
-    meta_optimizer = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
+    meta_optimizer, annealing = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
     metaopt.meta_train(
         TaskBatch(FAMILY, config.tasks),
         learned,
@@ -89,6 +89,7 @@ def meta_train(config: Config) -> MLPOptimizer:
         meta_optimizer,
         steps=config.meta_steps,
         generator=torch.Generator().manual_seed(config.seed),
+        scheduler=annealing,
         progress=False,
     )
     return learned

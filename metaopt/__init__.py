@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metaopt import functional, learned, metagrad, optim, tasks
+    from metaopt import functional, learned, metagrad, optim, tasks, tracking
     from metaopt.hyper import Hyperparameters, PerParameter
     from metaopt.schedule import Schedule
     from metaopt.suggestion import suggest
@@ -22,6 +22,7 @@ _HOMES = {
     "metagrad": "metaopt.metagrad",
     "optim": "metaopt.optim",
     "tasks": "metaopt.tasks",
+    "tracking": "metaopt.tracking",
     "Hyperparameters": "metaopt.hyper",
     "PerParameter": "metaopt.hyper",
     "Schedule": "metaopt.schedule",
@@ -42,6 +43,7 @@ __all__ = [
     "optim",
     "suggest",
     "tasks",
+    "tracking",
 ]
 
 

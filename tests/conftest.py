@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Experiments track their runs; a test that wants wandb says so.
+os.environ["WANDB_MODE"] = "disabled"
 
 # Tensors here are small: a second thread costs more than it brings, and the second core has tests of its own to run.
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ from torch import nn
 
 def annealed_adam(
     hyper: nn.Module, lr: float, steps: int, clip: float, betas: tuple[float, float] = (0.9, 0.999)
-) -> torch.optim.Adam:
-    """Adam over the parameters of ``hyper``; every step clips before it and anneals after it.
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.CosineAnnealingLR]:
+    """Adam over the parameters of ``hyper``, which clips before every step; and the annealing of its learning rate.
 
     Args:
         hyper: what is learned.
@@ -26,9 +26,5 @@ def annealed_adam(
     def clipped(*_: Any) -> None:
         nn.utils.clip_grad_norm_(hyper.parameters(), clip, error_if_nonfinite=True)
 
-    def annealed(*_: Any) -> None:
-        annealing.step()
-
     optimizer.register_step_pre_hook(clipped)
-    optimizer.register_step_post_hook(annealed)
-    return optimizer
+    return optimizer, annealing

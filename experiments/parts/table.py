@@ -50,6 +50,7 @@ def as_record(result: Result) -> dict[str, Any]:
         "contender": result.contender.name,
         "numbers": result.contender.numbers,
         "trainings": result.contender.trainings,
+        "test_loss_mean": result.loss.mean().item(),
         "test_loss": result.loss.tolist(),
         "test_loss_twice": result.loss_twice.tolist(),
         "test_accuracy": None if result.accuracy is None else result.accuracy.tolist(),

@@ -46,8 +46,10 @@ def clip_by_norm(grads: Any, max_norm: float | Tensor) -> Any:
     # A common factor, taken out before squaring; as a constant, since it cancels.
     largest = torch.stack([leaf.detach().abs().amax().to(given[0].device) for leaf in given]).amax()
     unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-    squares = [(leaf / unit.to(leaf)).abs().square().sum().to(unit) for leaf in given]
-    norm = unit * safe_sqrt(torch.stack(squares).sum())
-    above = norm > max_norm
-    scale = torch.where(above, max_norm / torch.where(above, norm, torch.ones_like(norm)), torch.ones_like(norm))
-    return tree.unflatten([None if leaf is None else leaf * scale.to(leaf) for leaf in tree.leaves])
+    units = [leaf / unit.to(leaf) for leaf in given]
+    relative = safe_sqrt(torch.stack([leaf.abs().square().sum().to(unit) for leaf in units]).sum())
+    above = relative > max_norm / unit
+    scale = max_norm / torch.where(above, relative, torch.ones_like(relative))
+    # Not the gradient times a small factor, whose derivative sums up the gradient itself, and may overflow.
+    clipped = iter([torch.where(above.to(g.device), u * scale.to(u), g) for u, g in zip(units, given, strict=True)])
+    return tree.unflatten([leaf if leaf is None or not leaf.numel() else next(clipped) for leaf in tree.leaves])

@@ -25,7 +25,7 @@ def dumps(value: Any) -> str:
         '{"loss": "NaN", "betas": [0.9, "Infinity"]}'
     """
     try:
-        return json.dumps(value, default=_converted, allow_nan=False)
+        return _STRICT.encode(value)
     except ValueError:  # rare, so that the usual line is made without a look at every number
         return json.dumps(_named(value))
 
@@ -125,4 +125,5 @@ def _named(value: Any) -> Any:
     return _named(_converted(value))
 
 
+_STRICT = json.JSONEncoder(default=_converted, allow_nan=False)
 _NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

@@ -42,27 +42,59 @@ def begin(mode: Mode | None, root: Path, options: Mapping[str, Any], config: Map
     """
     wandb = imported()
     _prepare(root / "wandb")
+    options = {name: value for name, value in options.items() if not _decided(name)}
+    options |= {"config": config, "dir": str(root.absolute())}
     try:
         settings = wandb.setup().settings
         key = _key(settings)
         resolved = mode or _mode_of_settings(settings, key)
         if resolved == "disabled":
             return None, resolved
-        if resolved == "online" and key is None:
+        if resolved == "offline":
+            return _init(wandb, _offline(), options), resolved
+        if key is None:
             raise ValueError("there is no API key: run `wandb login`, set WANDB_API_KEY or choose mode='offline'")
-        run = wandb.init(
-            config=config,
-            dir=str(root.absolute()),
-            mode=resolved,
-            reinit="create_new",  # a run of its own, also beside others in this process
-            settings=_settings(wandb, resolved, key),
-            **{name: value for name, value in options.items() if not _decided(name)},
-        )
+        try:
+            return _init(wandb, _online(key, asked=mode is not None), options), resolved
+        except wandb.errors.CommError as error:
+            # a key lies on many machines from which nothing can be reached; one that is refused is an error
+            if mode is not None or isinstance(error, wandb.errors.AuthenticationError):
+                raise
+            warnings.warn(
+                f"wandb's server does not answer, the run goes offline: {error}", RuntimeWarning, stacklevel=3
+            )
+            return _init(wandb, _offline(), options), "offline"
     except Exception as error:
-        raise RuntimeError(
-            f"wandb could not start a run in {root}: {error} (WANDB_MODE=disabled does without wandb)"
-        ) from error
-    return run, resolved
+        message = f"wandb could not start a run in {root}: {error} (WANDB_MODE=disabled does without wandb)"
+        raise RuntimeError(message) from error
+
+
+def _init(wandb: Any, settings: dict[str, Any], options: dict[str, Any]) -> Any:
+    if _FLUSH in wandb.Settings.model_fields:
+        settings = {**settings, _FLUSH: 0.2}  # seconds; wandb's own 15 would be lost when the process is killed
+    else:
+        warnings.warn(
+            f"wandb {wandb.__version__} has no setting {_FLUSH}: if the process is killed, its file lacks some seconds",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    # a run of its own, also beside others in this process
+    return wandb.init(settings=wandb.Settings(**settings), reinit="create_new", **options)
+
+
+def _offline() -> dict[str, Any]:
+    """Without a word: a run that goes nowhere has no news, and there may be many."""
+    return {"mode": "offline"} if "WANDB_SILENT" in os.environ else {"mode": "offline", "silent": True}
+
+
+def _online(key: str, asked: bool) -> dict[str, Any]:
+    """With the key that was found, so that nothing is left to ask for."""
+    settings: dict[str, Any] = {"mode": "online"}
+    if key:
+        settings["api_key"] = key
+    if not asked and "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings["init_timeout"] = 20.0  # seconds, in place of 90
+    return settings
 
 
 def imported() -> Any:
@@ -93,7 +125,7 @@ def asked_mode(mode: str | None) -> Mode | None:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder for wandb's files, and have all that it stages and caches kept in there."""
+    """Make the folder for wandb's files, and settle in the environment what the user has not."""
     folder = folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +134,10 @@ def _prepare(folder: Path) -> None:
             raise PermissionError(f"no permission to write to {folder}")
     except OSError as error:
         raise RuntimeError(f"wandb could not start a run in {folder.parent}: {error}") from error
-    for variable, name in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
-        os.environ.setdefault(variable, str(folder / name))
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
+    # its reports about itself go to its server in offline mode too; without a network they cost seconds at the end
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def _mode_of_settings(settings: Any, key: str | None) -> Mode:
@@ -128,7 +162,7 @@ def _key(settings: Any) -> str | None:
         except (OSError, netrc.NetrcParseError):
             continue
         for host in hosts:
-            entry = entries.authenticators(host)
+            entry = entries.hosts.get(host)  # an entry for any host at all is no key of wandb's
             if entry is not None and entry[2]:
                 return entry[2]
     return settings.api_key or None
@@ -139,20 +173,3 @@ def _decided(option: str) -> bool:
     if option == "project" and os.environ.get("WANDB_SWEEP_ID"):
         return True
     return bool(os.environ.get(_VARIABLES.get(option, "")))
-
-
-def _settings(wandb: Any, mode: Mode, key: str | None) -> Any:
-    chosen: dict[str, Any] = {}
-    if _FLUSH in wandb.Settings.model_fields:
-        chosen[_FLUSH] = 0.2  # seconds; wandb's own 15 would be lost when the process is killed
-    else:
-        warnings.warn(
-            f"wandb {wandb.__version__} has no setting {_FLUSH}: if the process is killed, its file lacks some seconds",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    if mode == "offline":
-        chosen["show_info"] = False  # how to sync is no news in each of many runs
-    elif key:
-        chosen["api_key"] = key  # what was found is used: nothing is left to ask for
-    return wandb.Settings(**chosen)

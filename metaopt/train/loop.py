@@ -249,8 +249,8 @@ class _Loop:
         if not (self._looks and due and isinstance(horizon, int)):
             self._tracker.log(record, step)
             return
-        values = self._parts.hyper()
-        seen = report(self._task, self._parts.opt, values, horizon, self._parts.generator)
+        with torch.no_grad():
+            seen = report(self._task, self._parts.opt, self._parts.hyper(), horizon, self._parts.generator)
         record.update(seen.figures)
         self._tracker.log(record, step)
         self._tracker.curves("train", {"inner_step": range(horizon), "train/loss": seen.train}, step)
