@@ -81,7 +81,8 @@ class Pairs:
             self._at[index] = 0
         if over:
             mine = [index - self._rows.start for index in over if index in self._rows]
-            self.seen = [seen.index_fill(0, torch.tensor(mine, device=seen.device), 0.0) for seen in self.seen]
+            where = torch.tensor(mine, dtype=torch.int64)
+            self.seen = [seen.index_fill(0, where.to(seen.device), 0.0) for seen in self.seen]
             self._line_up()
 
     def _line_up(self) -> None:

@@ -1,0 +1,41 @@
+"""Many processes: torchrun starts them, and this joins them.
+
+torchrun --standalone --nproc-per-node 4 -m experiments.learned_quadratics
+
+`metaopt.meta_train` shares the runs among them. All the rest every process does for itself, and the first alone prints
+and saves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from metaopt.metagrad import Ranks
+
+
+@contextmanager
+def processes() -> Iterator[Ranks]:
+    """Those that torchrun has started, joined for the block; without torchrun this one alone."""
+    if not dist.is_torchelastic_launched():
+        yield Ranks()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    yield Ranks()
+    dist.destroy_process_group()  # not after an error: others may be waiting in the group, and torchrun ends them
+
+
+def refuse_several(name: str) -> None:
+    """End a program that torchrun has started more than once, and that has nothing to share."""
+    count = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    if count > 1:
+        sys.exit(f"{name} has no runs that {count} processes could share: start it without torchrun")
