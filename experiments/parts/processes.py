@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from metaopt.metagrad import Ranks
 
@@ -29,7 +30,10 @@ def processes() -> Iterator[Ranks]:
     if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    # Restarted processes meet in the store of those before them, where torch 2.13 takes old addresses for theirs.
+    store, rank, count = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     yield Ranks()
     dist.destroy_process_group()  # not after an error: others may be waiting in the group, and torchrun ends them
 
