@@ -42,7 +42,8 @@ def moments(name: str, options: Options, numbers: Any, t: int, p: Any, g: Any, m
     lr, (b1, b2), eps, decay = (options[key] for key in ("lr", "betas", "eps", "weight_decay"))
     coefficient = numbers.coefficient
     if decay and options["decoupled_weight_decay"]:
-        p = coefficient(1 - lr * decay, absolute=2 * DOUBLE * float(lr * decay)) * p
+        shrink = -(lr * decay) + 1  # rounded in the size of its terms, unlike 1 - beta
+        p = coefficient(shrink, absolute=2 * DOUBLE * float(lr * decay)) * p
     elif decay:
         g = g + coefficient(decay) * p
     m = numbers.average(m, g, b1)

@@ -149,8 +149,8 @@ class Branches(NamedTuple):
     right: Any
 
 
-SHAPES = st.sampled_from([(), (1,), (3,), (2, 3), (0,), (0, 3), (2, 1, 2)])
-LARGE = st.sampled_from([(4099,), (64, 65)])  # from 4,096 elements a step is one pass of its own
+# From 4,096 elements a step is one pass of its own.
+SHAPES = st.sampled_from([(), (1,), (3,), (2, 3), (0,), (0, 3), (2, 1, 2), (1, 5), (4099,)])
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Leaf:
 
 
 def leaves(dtypes: Sequence[torch.dtype]) -> st.SearchStrategy[Leaf]:
-    return st.builds(Leaf, st.sampled_from(dtypes), st.one_of(SHAPES, SHAPES, SHAPES, SHAPES, LARGE))
+    return st.builds(Leaf, st.sampled_from(dtypes), SHAPES)
 
 
 def branches(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

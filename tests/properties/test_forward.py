@@ -66,21 +66,23 @@ def real(x: Tensor) -> np.ndarray:
 
 
 class Bounds:
-    """How far two computations of one parameter in its dtype may differ, step by step."""
+    """How far a computation of one parameter may be off by rounding, step by step: of it and of its state."""
 
     def __init__(self, setup: Setup, param: Tensor, *, torchs: bool) -> None:
-        self.setup, self.numbers = setup, Rounded(compute_dtype(param), torchs)
-        self.param = self.numbers.number(real(param))
-        self.zero = self.numbers.number(np.zeros_like(real(param)))
+        numbers, start = Rounded(compute_dtype(param), torchs), real(param)
+        self.number, self.grads = numbers.number, list[Any]()
+        self.now = [np.zeros_like(start)] * 3
+        # Rprop adds up no products: equal to the last bit.
+        self.moves = setup.name != "rprop"
+        self.steps = trajectory(
+            setup.name, setup.exact, numbers, self.number(start), self.number(np.zeros_like(start)), iter(self.grads)
+        )
 
-    def after(self, grads: Sequence[Tensor]) -> list[np.ndarray]:
-        """Of the parameter and each part of its state, after the last of some gradients."""
-        if self.setup.name == "rprop" or not grads:  # no product is ever added to: equal to the last bit
-            return [np.zeros_like(self.param.value)] * 3
-        numbers = [self.numbers.number(real(grad)) for grad in grads]
-        with exactly(), np.errstate(all="ignore"):
-            *_, last = trajectory(self.setup.name, self.setup.exact, self.numbers, self.param, self.zero, numbers)
-        return [x.error for x in last]
+    def step(self, grad: Tensor) -> None:
+        if self.moves:
+            self.grads.append(self.number(real(grad)))
+            with exactly(), np.errstate(all="ignore"):
+                self.now = [x.error for x in next(self.steps)]
 
 
 def assert_within(got: Tensor, expected: Tensor, bound: np.ndarray, what: str) -> None:
@@ -98,14 +100,16 @@ def test_every_step_is_torchs_wherever_torch_is_finite(name: str, data: st.DataO
     """Parameter and state, up to twice what either may be off by rounding; a missing gradient leaves both alone."""
     setup, run = data.draw(setups(name)), data.draw(runs(SINGLE + DOUBLE))
     bounds = [Bounds(setup, p, torchs=True) for p in tree_leaves(run.params)]
-    taken: list[list[Tensor]] = [[] for _ in bounds]
+    taken = [0] * len(bounds)
     for grads, mine, theirs in zip(run.grads, ours(setup, run), torchs(setup, run), strict=True):
         for index, grad in enumerate(gradients(grads)):
-            taken[index] += [] if grad is None else [grad]
+            if grad is not None:
+                taken[index] += 1
+                bounds[index].step(grad)
             param, state = theirs[0][index], theirs[1][index]
-            error, *errors = bounds[index].after(taken[index])
+            error, *errors = bounds[index].now
             step, *parts = (field[index] for field in mine[1])
-            assert step == len(taken[index])
+            assert step == taken[index]
             assert_within(mine[0][index], param, 2 * error, "parameter")
             for key, part, bound in zip(setup.opt.State._fields[1:], parts, errors, strict=False):
                 if state.get(key) is not None:  # torch's SGD keeps no buffer without momentum
@@ -160,14 +164,14 @@ def test_every_step_is_that_of_exact_arithmetic_up_to_rounding(name: str, data: 
     with exactly():
         numbers = (Decimal(start), Decimal(0), map(Decimal, grads))
         exact = trajectory(name, setup.exact, Exact, *numbers)
-        for count, (params, state) in enumerate(ours(setup, run), start=1):
+        for grad, (params, state) in zip(run.grads, ours(setup, run), strict=True):
+            bounds.step(grad)
             try:
                 expected = next(exact)
             except ArithmeticError:  # 0 / 0, without eps
                 assert not params[0].isfinite()
                 return
-            for got, number, bound in zip(
-                (params[0], *(field[0] for field in state[1:])), expected, bounds.after(run.grads[:count]), strict=False
-            ):
+            parts = (params[0], *(field[0] for field in state[1:]))
+            for got, number, bound in zip(parts, expected, bounds.now, strict=False):
                 if np.isfinite(bound):  # else rounding decides what is divided by 0
                     assert abs(Decimal(got.item()) - number) <= Decimal(float(bound)), (got, float(number), bound)

@@ -48,7 +48,7 @@ def are_finite(tensors: list[Tensor]) -> bool:
     return all(bool(x.isfinite().all()) for x in tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", NAMES)
 @given(st.data())
 def test_every_hypergradient_is_finite(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
