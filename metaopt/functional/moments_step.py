@@ -205,7 +205,9 @@ class _Step(torch.autograd.Function):
         to_m = _sum(_product(i.beta1, d.exp_avg, d.beta1, i.exp_avg), _product(i.weight1, to_h, d.weight1, h))
         to_v = _sum(
             _product(i.beta2, d.exp_avg_sq, d.beta2, i.exp_avg_sq),
-            _product(i.weight2 * h, None if to_h is None else 2.0 * to_h, None if d.weight2 is None else d.weight2 * h, h),
+            _product(
+                i.weight2 * h, None if to_h is None else 2.0 * to_h, None if d.weight2 is None else d.weight2 * h, h
+            ),
         )
         root = _root(exp_avg_sq)
         denominator = _denominator(i, root)

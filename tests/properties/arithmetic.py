@@ -113,7 +113,9 @@ class Rounded:
 
     def number(self, x: Any) -> Bounded:
         """Known exactly."""
-        return Bounded(x, np.zeros_like(x), self.unit, torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps)
+        return Bounded(
+            x, np.zeros_like(x), self.unit, torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+        )
 
     def coefficient(self, x: Decimal, relative: float = 0.0, absolute: float = 0.0) -> Bounded:
         """A coefficient, cast after it was computed in float64 with an error of its own."""

@@ -1,4 +1,4 @@
-"""What the properties are tried on: trees, dtypes, shapes, hyperparameters over their domains, gradients of every size."""
+"""What is tried: trees, dtypes, shapes, hyperparameters over their domains, gradients of every size."""
 
 from __future__ import annotations
 

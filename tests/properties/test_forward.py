@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -20,10 +20,8 @@ from metaopt.functional.optimizer import compute_dtype
 from tests.properties.arithmetic import Exact, Rounded, exactly
 from tests.properties.reference import trajectory
 from tests.properties.strategies import (
-    ANY_SIZE,
     DOUBLE,
     HALF,
-    MODERATE,
     SINGLE,
     STARTS,
     Run,

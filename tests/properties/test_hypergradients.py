@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from decimal import Decimal
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, reject
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,7 +16,7 @@ from tests.functional.cases import pack
 from tests.properties.arithmetic import DOUBLE, exactly
 from tests.properties.duals import Dual, ExactDuals
 from tests.properties.reference import trajectory
-from tests.properties.strategies import MODERATE, STARTS, Run, Setup, learned, runs, setups, sized, spread
+from tests.properties.strategies import STARTS, Run, Setup, learned, runs, setups, sized, spread
 
 NAMES = list(REGISTRY)
 
@@ -60,8 +58,8 @@ def test_every_hypergradient_is_finite(name: str, dtype: torch.dtype, data: st.D
     assume(are_finite(between))
     if dtype == torch.float32:
         double = Run(*(tree_map(lambda x: None if x is None else x.double(), tree) for tree in (run.params, run.grads)))
-        last, others, *numbers = unroll(setup, double)
-        exact = derivatives(last, [*others.values(), *sum(numbers, [])])
+        last, others, first, on_the_way = unroll(setup, double)
+        exact = derivatives(last, [*others.values(), *first, *on_the_way])
         assume(all(bool((x.abs() < torch.finfo(dtype).max / 100).all()) for x in exact))
     inputs = {**hyper, **{f"start {index}": p for index, p in enumerate(start)}}
     for key, derivative in zip(inputs, derivatives(final, list(inputs.values())), strict=True):
