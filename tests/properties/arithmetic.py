@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-DOUBLE = 2.0**-53  # half a unit in the last place of a float64
+ROUNDING = 2.0**-53  # half a unit in the last place of a float64
 
 
 def exactly() -> Any:
@@ -119,11 +119,11 @@ class Rounded:
 
     def coefficient(self, x: Decimal, relative: float = 0.0, absolute: float = 0.0) -> Bounded:
         """A coefficient, cast after it was computed in float64 with an error of its own."""
-        return self.number(float(x)).wider((self.unit + DOUBLE + relative) * abs(float(x)) + absolute)
+        return self.number(float(x)).wider((self.unit + ROUNDING + relative) * abs(float(x)) + absolute)
 
     def correction(self, power: Decimal) -> float:
         """The relative error of ``1 - power``: ours is right to a few units, torch's subtraction cancels."""
-        return 4 * DOUBLE * float(1 / (1 - power) if self.torchs else 1)
+        return 4 * ROUNDING * float(1 / (1 - power) if self.torchs else 1)
 
     def average(self, old: Bounded, new: Bounded, beta: Decimal) -> Bounded:
         result = self.coefficient(beta) * old + self.coefficient(1 - beta) * new

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from tests.properties.arithmetic import DOUBLE
+from tests.properties.arithmetic import ROUNDING
 
 Options = Mapping[str, Any]
 
@@ -43,13 +43,13 @@ def moments(name: str, options: Options, numbers: Any, t: int, p: Any, g: Any, m
     coefficient = numbers.coefficient
     if decay and options["decoupled_weight_decay"]:
         shrink = -(lr * decay) + 1  # rounded in the size of its terms, unlike 1 - beta
-        p = coefficient(shrink, absolute=2 * DOUBLE * float(lr * decay)) * p
+        p = coefficient(shrink, absolute=2 * ROUNDING * float(lr * decay)) * p
     elif decay:
         g = g + coefficient(decay) * p
     m = numbers.average(m, g, b1)
     v = coefficient(b2) * v + (coefficient(1 - b2) * g) * g
     correction1, correction2 = 1 - b1**t, 1 - b2**t
-    relative = 3 * DOUBLE + numbers.correction(b1**t)
+    relative = 3 * ROUNDING + numbers.correction(b1**t)
     if name != "radam":
         denominator = v.sqrt() / coefficient(correction2.sqrt(), numbers.correction(b2**t)) + coefficient(eps)
         return p - numbers.step(coefficient(lr / correction1, relative), m, denominator), m, v

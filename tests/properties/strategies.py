@@ -77,11 +77,12 @@ class Setup:
         return {**flags, **self.options, **{key: decimal(value) for key, value in self.hyper.items()}}
 
 
-def setups(name: str, *, nearest: float = 4.0, least_eps: float = 0.0) -> st.SearchStrategy[Setup]:
-    """
+def setups(name: str, *, nearest: float = 4.0, with_eps: bool = False) -> st.SearchStrategy[Setup]:
+    """Options over their whole domain, as far as torch computes with them.
+
     Args:
         nearest: betas go up to 1 - 10^-nearest.
-        least_eps: 0, or a power of ten.
+        with_eps: leave an eps of 0 out, at which 0 / 0 is met.
     """
     options: dict[str, st.SearchStrategy[Any]] = {"lr": RATES, "maximize": st.booleans()}
     if name == "rprop":
@@ -97,7 +98,7 @@ def setups(name: str, *, nearest: float = 4.0, least_eps: float = 0.0) -> st.Sea
     else:
         eps = st.sampled_from([1e-8, 1e-3]) | powers(-12, 0)
         options["betas"] = st.tuples(betas(nearest), betas(nearest))
-        options["eps"] = eps if least_eps else eps | st.just(0.0)
+        options["eps"] = eps if with_eps else eps | st.just(0.0)
         options["weight_decay"] = DECAYS
         if name != "adamw":
             options["decoupled_weight_decay"] = st.booleans()
@@ -205,7 +206,8 @@ class Run:
 def runs(
     draw: st.DrawFn, dtypes: Sequence[torch.dtype], gradients: dict[torch.dtype, Any] = GRADIENTS, steps: int = 8
 ) -> Run:
-    """
+    """Parameters of every kind, and up to some number of steps.
+
     Args:
         gradients: where to draw them from, by real dtype; or None, which they are now and then anyway.
     """

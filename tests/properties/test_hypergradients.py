@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaopt.functional import REGISTRY
 from tests.functional.cases import pack
-from tests.properties.arithmetic import DOUBLE, exactly
+from tests.properties.arithmetic import ROUNDING, exactly
 from tests.properties.duals import Dual, ExactDuals
 from tests.properties.reference import trajectory
 from tests.properties.strategies import STARTS, Run, Setup, learned, runs, setups, sized, spread
@@ -51,7 +51,7 @@ def are_finite(tensors: list[Tensor]) -> bool:
 @given(st.data())
 def test_every_hypergradient_is_finite(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     """If the unroll itself is; in float32 also if the derivative by every number on the way is a float32 number."""
-    setup = data.draw(setups(name, nearest=7.0, least_eps=1e-12))
+    setup = data.draw(setups(name, nearest=7.0, with_eps=True))
     run = data.draw(runs([dtype], SIZES))
     assume(tree_leaves(run.params))
     final, hyper, start, between = unroll(setup, run)
@@ -70,7 +70,7 @@ def test_every_hypergradient_is_finite(name: str, dtype: torch.dtype, data: st.D
 @given(st.data())
 def test_every_hypergradient_is_that_of_exact_arithmetic(name: str, data: st.DataObject) -> None:
     """Up to 16 roundings a step of what it is summed from. One parameter, in float64."""
-    setup = data.draw(setups(name, nearest=7.0, least_eps=1e-12))
+    setup = data.draw(setups(name, nearest=7.0, with_eps=True))
     start = data.draw(STARTS)
     grads = data.draw(st.lists(sized([-10, -3, 3, 10]), min_size=1, max_size=8))
     run = Run(torch.tensor(start, dtype=torch.float64), [torch.tensor(g, dtype=torch.float64) for g in grads])
@@ -82,7 +82,7 @@ def test_every_hypergradient_is_that_of_exact_arithmetic(name: str, data: st.Dat
             if exact is None:
                 continue
             error = abs(Decimal(got.item()) - exact.slope)
-            assert error <= Decimal(16 * len(grads) * DOUBLE) * exact.steep, (key, got, float(exact.slope))
+            assert error <= Decimal(16 * len(grads) * ROUNDING) * exact.steep, (key, got, float(exact.slope))
 
 
 def exact_derivative(setup: Setup, start: float, grads: list[float], key: str) -> Dual | None:
