@@ -6,12 +6,19 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Experiments track their runs; a test that wants wandb says so.
 os.environ["WANDB_MODE"] = "disabled"
 
 # Tensors here are small: a second thread costs more than it brings, and the second core has tests of its own to run.
 torch.set_num_threads(1)
+
+# Property-based tests try the same few examples every time; with --hypothesis-profile=long, many and others each time.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("short", max_examples=30, derandomize=True, database=None, **_COMMON)
+settings.register_profile("long", max_examples=1000, print_blob=True, **_COMMON)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)
