@@ -21,33 +21,7 @@ except ImportError:
     sys.exit(1)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Start a sweep, and run it until nothing is left."""
-
-    file: Positional[Path]
-    """A sweep file in wandb's format."""
-    workers: int = 1
-    """Trials that run at a time, each in a process of its own."""
-    storage: str | None = None
-    """Database: sqlite:///FILE, or postgresql://USER@HOST/DATABASE for many machines. Else runs/sweeps/NAME/sweep.db."""
-    engine: Literal["local", "wandb"] = "local"
-    """Who draws the points: this program, or wandb's server, whose agents then run here."""
-    heartbeat: int = 30
-    """Seconds between two signs of life of a trial; after four missing ones another machine takes it up."""
-    stop: float = 15.0
-    """Seconds that a trial has to write a checkpoint when it is stopped."""
-    patience: float = 60.0
-    """Seconds that a locked or unreachable database is waited for."""
-
-    def __call__(self) -> int:
-        from metaopt.sweeps import read
-
-        if self.engine == "wandb":
-            from metaopt.sweeps.server import run
-
-            return run(read(self.file), self.workers)
-        return _local(self, new=True)
+URL = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 
 
 @dataclass(frozen=True)
@@ -55,11 +29,11 @@ class Resume:
     """Go on with a sweep that was stopped or killed, or join it from another machine."""
 
     file: Positional[Path]
-    """The file that it was started with."""
+    """A sweep file in wandb's format."""
     workers: int = 1
     """Trials that run at a time, each in a process of its own."""
-    storage: str | None = None
-    """The database that it was started with."""
+    storage: URL = None
+    """Database: sqlite:///FILE, or postgresql://USER@HOST/DATABASE for many machines. Else in runs/sweeps."""
     heartbeat: int = 30
     """Seconds between two signs of life of a trial; after four missing ones another machine takes it up."""
     stop: float = 15.0
@@ -72,12 +46,28 @@ class Resume:
 
 
 @dataclass(frozen=True)
+class Run(Resume):
+    """Start a sweep, and run it until nothing is left."""
+
+    engine: Literal["local", "wandb"] = "local"
+    """Who draws the points: this program, or wandb's server, whose agents then run here."""
+
+    def __call__(self) -> int:
+        if self.engine == "wandb":
+            from metaopt.sweeps import read
+            from metaopt.sweeps.server import run
+
+            return run(read(self.file), self.workers)
+        return _local(self, new=True)
+
+
+@dataclass(frozen=True)
 class Status:
     """How far a sweep is: trials by state, the best so far, what runs, what failed."""
 
     file: Positional[Path]
-    """The file that it was started with."""
-    storage: str | None = None
+    """The sweep file."""
+    storage: URL = None
     """The database that it was started with."""
 
     def __call__(self) -> int:
@@ -92,8 +82,8 @@ class Show:
     """What a sweep has found: the best trials, which parameters mattered, and a picture."""
 
     file: Positional[Path]
-    """The file that it was started with."""
-    storage: str | None = None
+    """The sweep file."""
+    storage: URL = None
     """The database that it was started with."""
     top: int = 10
     """How many trials."""
@@ -143,7 +133,9 @@ class List:
 
 
 Command = (
-    Annotated[SweepCommand, subcommand("sweep")] | Annotated[Info, subcommand("info")] | Annotated[List, subcommand("list")]
+    Annotated[SweepCommand, subcommand("sweep")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[List, subcommand("list")]
 )
 
 
@@ -154,7 +146,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         args: the words after ``metaopt``; None for those of the process.
     """
     command: Any = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="metaopt",
         description="Hyperparameters learned by gradient descent through training.",
         args=args,
@@ -181,7 +173,7 @@ def _expected(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] == "metaopt" or isinstance(error, ImportError)
 
 
-def _local(options: Run | Resume, *, new: bool) -> int:
+def _local(options: Resume, *, new: bool) -> int:
     sweep = _named(options.file)
     from metaopt.sweeps import engine
     from metaopt.sweeps.storage import Timing

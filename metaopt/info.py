@@ -81,10 +81,7 @@ def _paths() -> list[tuple[str, str]]:
     from metaopt.kernels import refusal
 
     cpu = refusal(torch.zeros(1))
-    if torch.cuda.is_available():
-        gpu = refusal(torch.zeros(1, device="cuda"))
-    else:
-        gpu = "there is no CUDA device"
+    gpu = refusal(torch.zeros(1, device="cuda")) if torch.cuda.is_available() else "there is no CUDA device"
     return [
         ("fused updates and steps, cpu (numba)", _answer(cpu)),
         ("fused updates and steps, cuda (triton)", _answer(gpu)),
@@ -118,7 +115,9 @@ def contents(console: Console | None = None) -> None:
     if found:
         console.print(_table("experiments: python -m experiments.NAME", list(found.items())))
     else:
-        console.print("experiments: none here; they are in metaopt's repository, in the folder experiments", markup=False)
+        console.print(
+            "experiments: none here; they are in metaopt's repository, in the folder experiments", markup=False
+        )
 
 
 def experiments(folder: Path) -> dict[str, str]:

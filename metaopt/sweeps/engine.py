@@ -214,7 +214,7 @@ class _Engine:
             say("stopping at once", sys.stderr)
         elif not self._given_up:
             say(
-                f"stopping: running trials have {self.timing.stop:g} s to write a checkpoint; Ctrl-C again stops at once",
+                f"stopping: running trials have {self.timing.stop:g} s to write a checkpoint; again: at once",
                 sys.stderr,
             )
         for slot in self._slots:

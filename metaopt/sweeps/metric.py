@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from metaopt.sweeps import process
 from metaopt.sweeps.definition import SweepError
 
 RECORD = "record.jsonl"
@@ -31,9 +32,7 @@ class Metric:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self.name = folder, name
-        self._sources: dict[Path, _Record | _Run | _PastRun] = {
-            path: _PastRun(path) for path in _run_files(folder)
-        }
+        self._sources: dict[Path, _Record | _Run | _PastRun] = {path: _PastRun(path) for path in _run_files(folder)}
         self._rows: list[tuple[int, float]] = []
 
     def history(self) -> list[float]:
@@ -121,7 +120,10 @@ class _Run:
 
     def __init__(self, path: Path) -> None:
         self._reader = subprocess.Popen(
-            _inspect(path, "--follow", "--idle-timeout", "0"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            _inspect(path, "--follow", "--idle-timeout", "0"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=process.bound(),
         )
         assert self._reader.stdout is not None
         self._pipe = self._reader.stdout.fileno()

@@ -26,7 +26,9 @@ def draw(sweep: Sweep, trials: Mapping[int, FrozenTrial], names: list[str], path
         path: the file; its ending says in which format.
     """
     assert sweep.metric is not None
-    done = [trial for trial in trials.values() if trial.state is TrialState.COMPLETE and math.isfinite(trial.value or 0)]
+    done = [
+        trial for trial in trials.values() if trial.state is TrialState.COMPLETE and math.isfinite(trial.value or 0)
+    ]
     done.sort(key=lambda trial: trial.datetime_complete or trial.number)
     values = [float(trial.value or 0.0) for trial in done]
     rows = math.ceil((1 + len(names)) / _COLUMNS)

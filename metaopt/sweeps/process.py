@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def alive(marked: Mark) -> bool | None:
 
 
 def _born(pid: int) -> int | None:
-    """When a process was started, in ticks since the machine was; -1 for one that has ended and is not yet collected."""
+    """When a process was started, in ticks since the machine was; -1 for one that is over but not collected yet."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -74,12 +75,8 @@ def die_with_parent(sent: signal.Signals) -> None:
 _prctl: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
-def start(argv: list[str], env: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
-    """A child in a process group of its own, which the kernel kills if this process dies; its output goes to a file.
-
-    Raises:
-        OSError: the program cannot be started.
-    """
+def bound() -> Callable[[], None]:
+    """What a child has to do before its program, so that the kernel kills it when this process dies."""
     parent = os.getpid()
 
     def bind() -> None:
@@ -87,6 +84,15 @@ def start(argv: list[str], env: dict[str, str], output: Path) -> subprocess.Pope
         if os.getppid() != parent:  # it died in between
             os._exit(1)
 
+    return bind
+
+
+def start(argv: list[str], env: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+    """A child in a process group of its own, which the kernel kills if this process dies; its output goes to a file.
+
+    Raises:
+        OSError: the program cannot be started.
+    """
     with output.open("ab") as log:
         return subprocess.Popen(
             argv,
@@ -95,7 +101,7 @@ def start(argv: list[str], env: dict[str, str], output: Path) -> subprocess.Pope
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=bind,  # noqa: PLW1509
+            preexec_fn=bound(),
         )
 
 

@@ -11,11 +11,11 @@ import math
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import yaml
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
@@ -53,7 +53,9 @@ def find(sweep: Sweep, storage: Storage) -> optuna.Study:
         SweepError: there is none, or it was created from a file with another method, metric or parameters.
     """
     try:
-        study = optuna.load_study(study_name=str(sweep.name), storage=storage, sampler=_sampler(sweep), pruner=_pruner(sweep))
+        study = optuna.load_study(
+            study_name=str(sweep.name), storage=storage, sampler=_sampler(sweep), pruner=_pruner(sweep)
+        )
     except KeyError:
         raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that") from None
     known = study.user_attrs
@@ -73,7 +75,7 @@ def find(sweep: Sweep, storage: Storage) -> optuna.Study:
     return study
 
 
-def _direction(sweep: Sweep) -> str:
+def _direction(sweep: Sweep) -> Literal["minimize", "maximize"]:
     return sweep.metric.goal if sweep.metric is not None else "minimize"
 
 
@@ -114,9 +116,9 @@ def fill(study: optuna.Study, sweep: Sweep) -> None:
             )
 
 
-def _choices(points: list[dict[str, Any]]) -> dict[str, CategoricalDistribution]:
+def _choices(points: list[dict[str, Any]]) -> dict[str, BaseDistribution]:
     """What Optuna is to know of a grid: the parameters that vary, as far as they are plain values."""
-    choices = {}
+    choices: dict[str, BaseDistribution] = {}
     for name in points[0] if points else ():
         values = [point[name] for point in points]
         if all(isinstance(value, bool | int | float | str) for value in values):
@@ -134,8 +136,7 @@ def recover(study: optuna.Study) -> None:
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("worker")
-        taken = worker is not None and worker["trial"] == trial.number
-        if not taken or alive(worker) is False:
+        if worker is None or worker["trial"] != trial.number or alive(worker) is False:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -192,5 +193,5 @@ def reached(trials: Mapping[int, FrozenTrial], sweep: Sweep) -> bool:
 
 
 def worst(sweep: Sweep) -> float:
-    """What counts in place of a metric that is not a finite number: such a run has diverged, and search is to learn so."""
+    """What counts in place of a metric that is not a finite number: search is to learn that such a run diverged."""
     return -math.inf if _direction(sweep) == "maximize" else math.inf

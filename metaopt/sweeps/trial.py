@@ -91,7 +91,9 @@ def run_trial(
     metric = Metric(folder, sweep.metric.name) if sweep.metric is not None else None
     output = folder / "output.log"
     try:
-        child = process.start(expand(sweep, config, sys.executable, folder / "config.json"), _environment(sweep, folder), output)
+        child = process.start(
+            expand(sweep, config, sys.executable, folder / "config.json"), _environment(sweep, folder), output
+        )
     except OSError as error:
         raise Failed(f"the program cannot be started: {error.strerror}: {error.filename}") from None
     try:
@@ -161,9 +163,10 @@ def _environment(sweep: Sweep, folder: Path) -> dict[str, str]:
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    for name, value in (("WANDB_PROJECT", sweep.project), ("WANDB_ENTITY", sweep.entity)):
-        if value is not None:
-            unless_set[name] = value
+    if sweep.project is not None:
+        unless_set["WANDB_PROJECT"] = sweep.project
+    if sweep.entity is not None:
+        unless_set["WANDB_ENTITY"] = sweep.entity
     return {**unless_set, **os.environ, **own}
 
 
