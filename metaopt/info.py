@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # distribution -> the extra that brings it, or "" if metaopt does not work without it
@@ -49,7 +50,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     return table
 
 
@@ -57,7 +58,7 @@ def _version(name: str, extra: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return f'not installed: pip install "metaopt\\[{extra}]"' if extra else "not installed"
+        return f'not installed: pip install "metaopt[{extra}]"' if extra else "not installed"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -90,7 +91,7 @@ def _paths() -> list[tuple[str, str]]:
 
 
 def _answer(reason: str | None) -> str:
-    return "yes" if reason is None else f"no: {reason}".replace("[", "\\[")
+    return "yes" if reason is None else f"no: {reason}"
 
 
 def _no_compiler() -> str | None:

@@ -12,13 +12,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.engine import default_storage, folder
 from metaopt.sweeps.process import alive
 from metaopt.sweeps.storage import Timing, one_line, open_storage, parse
-from metaopt.sweeps.study import best, error, find, latest, outcome
+from metaopt.sweeps.study import best, find, latest, outcome, why
 
 _QUICK = Timing(patience=10.0)  # nobody waits a minute for a table
 _OUTCOMES = ("complete", "pruned", "failed", "running", "cut off", "waiting")
@@ -53,7 +54,8 @@ def status(sweep: Sweep, storage: str | None = None, console: Console | None = N
         study = load(sweep, storage)
         trials = latest(study.get_trials(deepcopy=False))
     outcomes = {number: _outcome(trial) for number, trial in trials.items()}
-    table = Table(title=f"sweep {sweep.name}", title_justify="left")
+    console.print(f"sweep {sweep.name}", markup=False)
+    table = Table()
     table.add_column("trials")
     table.add_column("", justify="right")
     for name in _OUTCOMES:
@@ -71,7 +73,7 @@ def status(sweep: Sweep, storage: str | None = None, console: Console | None = N
         console.print(_listed("running", {number: trials[number] for number in running}, "for", _age))
     failed = {number: trials[number] for number, found in outcomes.items() if found == "failed"}
     if failed:
-        console.print(_listed("failed", failed, "because", lambda trial: error(trial).splitlines()[0]))
+        console.print(_listed("failed", failed, "because", why))
 
 
 def show(sweep: Sweep, storage: str | None = None, top: int = 10, console: Console | None = None) -> Path | None:
@@ -101,12 +103,13 @@ def show(sweep: Sweep, storage: str | None = None, top: int = 10, console: Conso
         console.print("no trial is complete yet")
         return None
     names = _varied(trials)
-    table = Table(title=f"sweep {sweep.name}: the best of {len(ranked)} complete trials", title_justify="left")
+    console.print(f"sweep {sweep.name}: the best of {len(ranked)} complete trials", markup=False)
+    table = Table()
     for heading in ("trial", sweep.metric.name, *names):
         table.add_column(heading, justify="right")
     for number, trial in ranked[:top]:
         config = trial.user_attrs["config"]
-        table.add_row(str(number), f"{trial.value:.6g}", *(_word(config.get(name)) for name in names))
+        table.add_row(str(number), f"{trial.value:.6g}", *(escape(_word(config.get(name))) for name in names))
     console.print(table)
     _importances(study, console)
     return _picture(sweep, trials, names, console)
@@ -157,7 +160,7 @@ def _listed(title: str, trials: Mapping[int, FrozenTrial], heading: str, say: Ca
     for column in ("trial", heading, "parameters"):
         table.add_column(column)
     for number, trial in trials.items():
-        table.add_row(str(number), say(trial), _words(trial))
+        table.add_row(str(number), escape(say(trial)), escape(_words(trial)))
     return table
 
 

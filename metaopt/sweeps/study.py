@@ -169,9 +169,20 @@ def deaths(trial: FrozenTrial) -> int:
     return len(trial.system_attrs.get("retry_history", ())) + 1 - int(trial.user_attrs.get("stops", 0))
 
 
-def error(trial: FrozenTrial) -> str:
-    """Why a trial failed."""
-    return str(trial.user_attrs.get("error", f"its worker died {deaths(trial)} times"))
+def why(trial: FrozenTrial) -> str:
+    """Why a trial failed, in one line."""
+    return in_one_line(trial.user_attrs.get("error", f"its worker died {deaths(trial)} times"))
+
+
+def in_one_line(error: str) -> str:
+    """The error of a trial, and the last line that its program has printed.
+
+    Example:
+        >>> in_one_line("the program ended with exit code 1\\nTraceback\\nValueError: no")
+        'the program ended with exit code 1 (ValueError: no)'
+    """
+    first, *printed = error.splitlines()
+    return f"{first} ({printed[-1].strip()})" if printed else first
 
 
 def best(trials: Mapping[int, FrozenTrial], sweep: Sweep) -> list[tuple[int, FrozenTrial]]:

@@ -23,7 +23,7 @@ from metaopt.sweeps import process
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.metric import Metric
 from metaopt.sweeps.storage import ERRORS, StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import find, latest, outcome, reached, recover, root
+from metaopt.sweeps.study import find, in_one_line, latest, outcome, reached, recover, root
 from metaopt.sweeps.trial import Failed, Pruned, Stopped, run_trial
 
 # What a worker ends with
@@ -128,8 +128,7 @@ class Worker:
             value = run_trial(self._sweep, config, folder, self._study.user_attrs["id"], self._timing, reporter.look)
         except Failed as error:
             trial.set_user_attr("error", str(error))
-            first, *_, last = [*str(error).splitlines(), ""]
-            say(f"trial {number} failed: {first}{f' ({last})' if last else ''}; see {folder / 'output.log'}")
+            say(f"trial {number} failed: {in_one_line(str(error))}; see {folder / 'output.log'}")
             raise
         except Pruned:
             say(f"trial {number} pruned after {time.monotonic() - started:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,11 +11,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import optuna
+import pytest
 from sqlalchemy.pool import NullPool
+
+from metaopt import cli
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -77,11 +83,14 @@ class Sweeping:
         (folder / "sweep.yaml").write_text(file)
         (folder / "program.py").write_text(program)
 
-    def start(self, *words: str, machine: str | None = None, **environment: str) -> subprocess.Popen[str]:
-        """``metaopt sweep WORDS``, as if on a machine of another name."""
-        start = "from metaopt.cli import main; main()"
-        if machine is not None:
-            start = f"from metaopt.sweeps import process; process.machine = lambda: {machine!r}; {start}"
+    def file(self, change: Callable[[str], str]) -> None:
+        """Change the sweep file."""
+        path = self.folder / "sweep.yaml"
+        path.write_text(change(path.read_text()))
+
+    def start(self, *words: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
+        """``metaopt sweep WORDS``, after some lines of Python that change its world."""
+        start = f"{before}\nfrom metaopt.cli import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", start, "sweep", *words],
             cwd=self.folder,
@@ -92,11 +101,24 @@ class Sweeping:
             start_new_session=True,
         )
 
-    def run(self, *words: str, **environment: str) -> tuple[int, str, str]:
+    def run(self, *words: str, before: str = "", **environment: str) -> tuple[int, str, str]:
         """The same to its end: exit code, output, errors."""
-        started = self.start(*words, **environment)
+        started = self.start(*words, before=before, **environment)
         output, errors = started.communicate(timeout=60)
         return started.returncode, output, errors
+
+    def call(self, *words: str) -> tuple[int, str, str]:
+        """The same in this process, for what starts no workers."""
+        output, errors = io.StringIO(), io.StringIO()
+        with (
+            chdir(self.folder),
+            redirect_stdout(output),
+            redirect_stderr(errors),
+            patch.dict(os.environ, COLUMNS="100"),
+            pytest.raises(SystemExit) as ended,
+        ):
+            cli.main(["sweep", *words])
+        return int(str(ended.value)), output.getvalue(), errors.getvalue()
 
     def reached(self) -> int:
         """Wait for the trial that is to be killed; the process of its program."""

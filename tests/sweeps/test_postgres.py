@@ -54,9 +54,10 @@ def database(tmp_path_factory):
 def test_a_machine_takes_up_what_another_one_left_when_it_went_away(tmp_path, database):
     sweeping = Sweeping(tmp_path)
     options = ("sweep.yaml", "--storage", database, "--heartbeat", "1")
-    first = sweeping.start("run", *options, machine="first")
+    machine = "from metaopt.sweeps import process; process.machine = lambda: {!r}"
+    first = sweeping.start("run", *options, before=machine.format("first"))
     program = sweeping.reached()
-    second = sweeping.start("resume", *options, machine="second")
+    second = sweeping.start("resume", *options, before=machine.format("second"))
     kill_group(first)
     assert gone(program)
     output, errors = second.communicate(timeout=60)
@@ -70,11 +71,11 @@ def test_a_database_without_the_sweep_or_without_a_server_is_said_in_one_line(tm
     sweeping = Sweeping(tmp_path)
     file = (tmp_path / "sweep.yaml").read_text()
     (tmp_path / "other.yaml").write_text(file)
-    code, output, errors = sweeping.run("resume", "other.yaml", "--storage", database)
+    code, output, errors = sweeping.call("resume", "other.yaml", "--storage", database)
     assert (code, output) == (1, "")
     assert errors == "metaopt: sweep 'other' has not been started: metaopt sweep run does that\n"
     away = "postgresql://tester:secret@127.0.0.1:1/sweeps"
-    code, output, errors = sweeping.run("run", "other.yaml", "--storage", away)
+    code, output, errors = sweeping.call("run", "other.yaml", "--storage", away)
     assert (code, output) == (1, "")
     assert errors.startswith("metaopt: the database postgresql+psycopg://tester:***@127.0.0.1:1/sweeps cannot be used")
     assert errors.count("\n") == 1
