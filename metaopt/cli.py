@@ -71,9 +71,10 @@ class Status:
     """The database that it was started with."""
 
     def __call__(self) -> int:
+        sweep = _named(self.file)
         from metaopt.sweeps import report
 
-        report.status(_named(self.file), self.storage)
+        report.status(sweep, self.storage)
         return 0
 
 
@@ -89,9 +90,10 @@ class Show:
     """How many trials."""
 
     def __call__(self) -> int:
+        sweep = _named(self.file)
         from metaopt.sweeps import report
 
-        report.show(_named(self.file), self.storage, self.top)
+        report.show(sweep, self.storage, self.top)
         return 0
 
 

@@ -90,13 +90,16 @@ def open_storage(url: str, timing: Timing, *, create: bool) -> Storage:
             raise StorageError(f"there is no database {parsed.database}")
     with one_line(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-        return Storage(
-            parsed.render_as_string(hide_password=False),
-            # No pool: nothing is held while a program trains, over a fork, or after the database was restarted.
-            engine_kwargs={"connect_args": arguments, "poolclass": NullPool},
-            heartbeat_interval=timing.heartbeat,
-            grace_period=4 * timing.heartbeat,
-        )
+        try:
+            return Storage(
+                parsed.render_as_string(hide_password=False),
+                # No pool: nothing is held while a program trains, over a fork, or after the database was restarted.
+                engine_kwargs={"connect_args": arguments, "poolclass": NullPool},
+                heartbeat_interval=timing.heartbeat,
+                grace_period=4 * timing.heartbeat,
+            )
+        except ImportError:
+            raise StorageError('a sweep in PostgreSQL needs psycopg: pip install "metaopt[sweeps]"') from None
 
 
 @contextmanager

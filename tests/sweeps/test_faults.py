@@ -133,9 +133,7 @@ def test_a_locked_database_is_said_in_one_line(tmp_path):
         (("", ""), ("run", "sweep.yaml", "--engine", "wandb"), "--engine wandb needs an account at wandb's server"),
     ],
 )
-def test_bad_input_is_said_in_one_line_and_leaves_nothing_behind(
-    sweeping, tmp_path, monkeypatch, change, words, said
-):
+def test_bad_input_is_said_in_one_line_and_leaves_nothing_behind(sweeping, tmp_path, monkeypatch, change, words, said):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     sweeping.file(lambda text: text.replace(*change))

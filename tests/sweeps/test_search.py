@@ -45,7 +45,7 @@ time.sleep(30 if level == 100 else 0)
 
 def test_run_cap_is_kept_by_workers_that_start_together(tmp_path):
     sweeping = Sweeping(tmp_path, SEARCH.format(method="random", cap=5, target=""), SCORE)
-    code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "4")
+    code, _output, errors = sweeping.run("run", "sweep.yaml", "--workers", "4")
     assert (code, errors) == (0, "")
     assert [trial.state.name for trial in sweeping.study().trials] == ["COMPLETE"] * 5
     assert len({trial.params["x"] for trial in sweeping.study().trials}) == 5
@@ -53,7 +53,7 @@ def test_run_cap_is_kept_by_workers_that_start_together(tmp_path):
 
 def test_bayes_finds_what_is_better_and_stops_at_the_target(tmp_path):
     sweeping = Sweeping(tmp_path, SEARCH.format(method="bayes", cap=60, target=", target: -0.02"), SCORE)
-    code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
+    code, _output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
     assert (code, errors) == (0, "")
     values = [trial.value for trial in sweeping.study().trials]
     assert max(values) >= -0.02
@@ -64,7 +64,7 @@ def test_bayes_finds_what_is_better_and_stops_at_the_target(tmp_path):
 def test_hyperband_stops_a_program_that_only_logs_to_wandb(tmp_path):
     pytest.importorskip("wandb")
     sweeping = Sweeping(tmp_path, EARLY, SLOW)
-    code, output, errors = sweeping.run("run", "sweep.yaml", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0.2")
+    code, _output, errors = sweeping.run("run", "sweep.yaml", WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0.2")
     assert (code, errors) == (0, "")
     good, fair, bad = sweeping.study().trials
     assert [trial.state.name for trial in (good, fair, bad)] == ["COMPLETE", "COMPLETE", "PRUNED"]
