@@ -27,6 +27,7 @@ from metaopt.sweeps.worker import say
 
 FOLDER = Path("runs") / "sweeps"
 
+_CONNECTING = 15.0  # seconds that it may take to find out that there is no server
 _HASTY = 3.0  # seconds; a worker that dies within has a reason that will not go away
 
 
@@ -173,34 +174,43 @@ class _Engine:
         now = time.monotonic()
         if slot.process is None:
             if now >= slot.waits_until:
-                # fork: a worker needs what is imported here already; nothing is connected to the database
-                context = multiprocessing.get_context("fork")
-                arguments = (self.sweep, self.storage, folder(self.sweep), self.timing)
-                slot.process = context.Process(target=worker.main, args=arguments)
-                slot.process.start()
+                slot.process = self._fork(complain=slot.away_since is None)
                 slot.started = now
             return
         code = slot.process.exitcode
         if code is None:
-            if now - slot.started > _HASTY:
-                slot.hasty = 0
-                slot.away_since = None
             return
         slot.process = None
-        if code in (worker.DONE, worker.STOPPED) or self._signals or self._given_up:
+        lived = now - slot.started
+        if code == worker.DONE or self._signals or self._given_up:
             slot.finished = True
         elif code == worker.REFUSED:
             self._give_up("stopped; go on with metaopt sweep resume")
         elif code == worker.STORAGE:
-            slot.away_since = slot.away_since or now
+            if slot.away_since is None or lived > self.timing.patience + _CONNECTING:
+                slot.away_since = now
             if now - slot.away_since > self.timing.patience:
                 self._give_up("the database did not come back: go on with metaopt sweep resume when it does")
             slot.waits_until = now + 1
         else:
-            slot.hasty = slot.hasty + 1 if now - slot.started < _HASTY else 0
+            slot.away_since = None
+            slot.hasty = slot.hasty + 1 if lived < _HASTY else 0
             if slot.hasty >= 3:
                 self._give_up("a worker ended three times in a row as soon as it was started")
             say(f"a worker {_ended(code)}; its trial goes on in a new one", sys.stderr)
+
+    def _fork(self, *, complain: bool) -> Any:
+        """A new worker: it needs what is imported here already, and nothing here is connected to the database."""
+        context = multiprocessing.get_context("fork")
+        arguments = (self.sweep, self.storage, folder(self.sweep), self.timing, complain)
+        process = context.Process(target=worker.main, args=arguments)
+        # A signal that comes before the worker has handlers of its own is to wait for them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, worker.SIGNALS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return process
 
     def _give_up(self, why: str) -> None:
         if not self._given_up:
@@ -225,7 +235,26 @@ class _Engine:
                     os.kill(slot.process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
 
     def _finish(self) -> int:
-        """Say how it ended."""
+        """Say how it ended; the exit code.
+
+        Raises:
+            StorageError: it was given up.
+        """
+        failed = False
+        try:
+            failed = self._summary()
+        except StorageError:
+            if not self._given_up:
+                raise
+        if self._given_up:
+            raise StorageError(self._given_up)
+        if self._signals:
+            say("stopped; go on with metaopt sweep resume", sys.stderr)
+            return 130
+        return int(failed)
+
+    def _summary(self) -> bool:
+        """Print how many trials ended how; whether all failed."""
         database = open_storage(self.storage, self.timing, create=False)
         with one_line(self.storage):
             with exclusive(database, str(self.sweep.name)):
@@ -240,13 +269,10 @@ class _Engine:
             number, trial = ranked[0]
             line += f"; best {self.sweep.metric.name} {trial.value:.6g} (trial {number})"
         say(line)
-        if self._given_up:
-            raise StorageError(self._given_up)
-        if self._signals:
-            say("stopped; go on with metaopt sweep resume", sys.stderr)
-            return 130
-        return 1 if "failed" in outcomes and "complete" not in outcomes else 0
+        return "failed" in outcomes and "complete" not in outcomes
 
 
 def _ended(code: int) -> str:
+    if code == worker.STOPPED:
+        return "was stopped"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

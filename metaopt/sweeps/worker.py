@@ -7,6 +7,7 @@ trial, as heartbeats are beaten nowhere else; the lock is given back inside it, 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -28,19 +29,25 @@ from metaopt.sweeps.trial import Failed, Pruned, Stopped, run_trial
 
 # What a worker ends with
 DONE, STOPPED, STORAGE, REFUSED = 0, 10, 11, 12
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def main(sweep: Sweep, url: str, folder: Path, timing: Timing) -> None:
-    """A worker's process."""
+def main(sweep: Sweep, url: str, folder: Path, timing: Timing, complain: bool) -> None:
+    """A worker's process; ``complain``: whether it says that the database is away, which its predecessor may have."""
     worker = Worker(sweep, folder, timing)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     signal.signal(signal.SIGTERM, worker.stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     process.die_with_parent(signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it died in between
+        sys.exit(STOPPED)
     try:
         with one_line(url):
             worker.work(url)
     except StorageError as error:
-        say(str(error), sys.stderr)
+        if complain:
+            say(str(error), sys.stderr)
         sys.exit(STORAGE)
     except (SweepError, OSError) as error:
         say(str(error), sys.stderr)
@@ -79,8 +86,8 @@ class Worker:
                     self._taking = taking
                     self._one()
                     continue
-            # A trial of this machine that is cut off now brings a new worker; one of another machine does not.
-            if not any(elsewhere(trial) for trial in trials.values()):
+            # A trial of a sibling that is cut off now brings a new worker; one from elsewhere does not.
+            if not any(_elsewhere(trial) for trial in trials.values()):
                 return
             self._wait()
         with exclusive(storage, str(self._sweep.name)):
@@ -90,6 +97,10 @@ class Worker:
         """Run one trial."""
         try:
             self._study.optimize(self._objective, n_trials=1, catch=(Failed, Stopped))
+        except UnboundLocalError as error:  # Optuna's own, after the database went away while it recorded the end
+            if isinstance(error.__context__, ERRORS):
+                raise error.__context__ from error.__context__.__cause__
+            raise
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             trial = self._study.get_trials(deepcopy=False)[self._number]
             if trial.state is not TrialState.FAIL:
@@ -117,7 +128,8 @@ class Worker:
         if config is None:
             config = self._sweep.suggest(trial)
             trial.set_user_attr("config", config)
-        trial.set_user_attr("worker", {"trial": trial.number, **process.mark(os.getpid())})
+        by = {"trial": trial.number, "engine": os.getppid(), **process.mark(os.getpid())}
+        trial.set_user_attr("worker", by)
         number = root(self._study.get_trials(deepcopy=False)[trial.number])
         self._taking.close()  # the lock
 
@@ -142,9 +154,11 @@ class Worker:
         return value
 
 
-def elsewhere(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial runs on another machine."""
-    return trial.state is TrialState.RUNNING and process.alive(trial.user_attrs.get("worker", {})) is None
+def _elsewhere(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial is run by others than this process and its siblings."""
+    worker = trial.user_attrs.get("worker", {})
+    here = process.alive(worker) and worker["engine"] == os.getppid()
+    return trial.state is TrialState.RUNNING and not here
 
 
 class _Reporter:
