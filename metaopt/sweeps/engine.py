@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -22,12 +23,13 @@ from metaopt.sweeps import worker
 from metaopt.sweeps.command import expand
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import best, create, fill, find, latest, outcome, recover
+from metaopt.sweeps.study import best, create, find, latest, outcome, recover, size
 from metaopt.sweeps.worker import say
 
 FOLDER = Path("runs") / "sweeps"
 
 _CONNECTING = 15.0  # seconds that it may take to find out that there is no server
+_TWICE = 0.5  # seconds within which a second signal is the first once more, from a program that passes it on
 _HASTY = 3.0  # seconds; a worker that dies within has a reason that will not go away
 
 
@@ -93,9 +95,8 @@ def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, n
     with one_line(storage), exclusive(database, str(sweep.name)):
         study = create(sweep, database) if new else find(sweep, database)
         _claim_folder(place, study.user_attrs["id"])
-        fill(study, sweep)
         recover(study)
-    if sweep.run_cap is None and sweep.method != "grid":
+    if size(sweep) is None:
         say("no run_cap: in its file: the sweep goes on until Ctrl-C")
     return _Engine(sweep, storage, workers, timing).supervise()
 
@@ -139,6 +140,7 @@ class _Engine:
     workers: int
     timing: Timing
     _signals: int = 0
+    _signalled: float = -math.inf
     _given_up: str = ""
     _slots: list[_Slot] = field(default_factory=list)
 
@@ -165,7 +167,10 @@ class _Engine:
         return self._finish()
 
     def _signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
+        now = time.monotonic()
+        if now - self._signalled > _TWICE:
+            self._signals += 1
+        self._signalled = now
 
     def _look(self, slot: _Slot) -> None:
         """Start a worker where one is missing."""

@@ -19,7 +19,7 @@ from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.engine import default_storage, folder
 from metaopt.sweeps.process import alive
 from metaopt.sweeps.storage import Timing, one_line, open_storage, parse
-from metaopt.sweeps.study import best, find, latest, outcome, why
+from metaopt.sweeps.study import best, find, latest, outcome, size, why
 
 _QUICK = Timing(patience=10.0)  # nobody waits a minute for a table
 _OUTCOMES = ("complete", "pruned", "failed", "running", "cut off", "waiting")
@@ -62,7 +62,8 @@ def status(sweep: Sweep, storage: str | None = None, console: Console | None = N
         count = sum(found == name for found in outcomes.values())
         if count:
             table.add_row(name, str(count))
-    table.add_row("all" if sweep.run_cap is None else f"of {sweep.run_cap}", str(len(trials)), style="dim")
+    total = size(sweep)
+    table.add_row("all" if total is None else f"of {total}", str(len(trials)), style="dim")
     console.print(table)
     ranked = best(trials, sweep)
     if ranked and sweep.metric is not None:

@@ -29,7 +29,7 @@ _SAME = ("method", "metric", "parameters")
 
 
 def create(sweep: Sweep, storage: Storage) -> optuna.Study:
-    """A new study; `fill` is to follow.
+    """A new study.
 
     Raises:
         SweepError: there is one of this name.
@@ -97,23 +97,52 @@ def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
     return HyperbandPruner(sweep.early_terminate)
 
 
-def fill(study: optuna.Study, sweep: Sweep) -> None:
-    """Queue the points of a grid that are not there yet: all of them, the first time. To be called under the lock."""
-    if sweep.method != "grid":
-        return
-    points = sweep.grid()[: sweep.run_cap]
-    distributions = _choices(points)
-    there = {trial.user_attrs["point"] for trial in study.get_trials(deepcopy=False)}
-    for number, point in enumerate(points):
-        if number not in there:
-            study.add_trial(
-                optuna.create_trial(
-                    state=TrialState.WAITING,
-                    params={name: point[name] for name in distributions},
-                    distributions=distributions,
-                    user_attrs={"point": number, "config": point},
-                )
+class Queue:
+    """What a sweep still has to run. All of it is to be called under the lock.
+
+    Args:
+        study: of the sweep.
+        sweep: as read from its file.
+    """
+
+    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
+        self._study, self._sweep = study, sweep
+        # The points come one by one: a grid of a thousand would take half a minute to be written down at once.
+        self._points = sweep.grid()[: sweep.run_cap] if sweep.method == "grid" else []
+        self._distributions = _choices(self._points)
+
+    def ready(self) -> bool:
+        """Whether the next trial that the study asks for is one to run; a grid's next point is put in its queue."""
+        trials = latest(self._study.get_trials(deepcopy=False))
+        if reached(trials, self._sweep):
+            return False
+        if any(outcome(trial) == "waiting" for trial in trials.values()):
+            return True
+        if self._sweep.method != "grid":
+            return self._sweep.run_cap is None or len(trials) < self._sweep.run_cap
+        taken = {trial.user_attrs["point"] for trial in trials.values()}
+        number = next((number for number in range(len(self._points)) if number not in taken), None)
+        if number is not None:
+            self._add(number, self._points[number])
+        return number is not None
+
+    def _add(self, number: int, point: dict[str, Any]) -> None:
+        self._study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params={name: point[name] for name in self._distributions},
+                distributions=self._distributions,
+                user_attrs={"point": number, "config": point},
             )
+        )
+
+
+def size(sweep: Sweep) -> int | None:
+    """How many trials there will be; None if it goes on until somebody stops it."""
+    if sweep.method != "grid":
+        return sweep.run_cap
+    count = math.prod(len(distribution.values()) for distribution in sweep.parameters.values())
+    return count if sweep.run_cap is None else min(count, sweep.run_cap)
 
 
 def _choices(points: list[dict[str, Any]]) -> dict[str, BaseDistribution]:

@@ -24,7 +24,7 @@ from metaopt.sweeps import process
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.metric import Metric
 from metaopt.sweeps.storage import ERRORS, StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import find, in_one_line, latest, outcome, reached, recover, root
+from metaopt.sweeps.study import Queue, find, in_one_line, recover, root
 from metaopt.sweeps.trial import Failed, Pruned, Stopped, run_trial
 
 # What a worker ends with
@@ -77,17 +77,17 @@ class Worker:
         """Run trials until none is left, or `stop`."""
         storage = open_storage(url, self._timing, create=False)
         self._study = find(self._sweep, storage)
+        queue = Queue(self._study, self._sweep)
         while not self.stopping:
             with ExitStack() as taking:
                 taking.enter_context(exclusive(storage, str(self._sweep.name)))
                 recover(self._study)
-                trials = latest(self._study.get_trials(deepcopy=False))
-                if self._left(trials):
+                if queue.ready():
                     self._taking = taking
                     self._one()
                     continue
             # A trial of a sibling that is cut off now brings a new worker; one from elsewhere does not.
-            if not any(_elsewhere(trial) for trial in trials.values()):
+            if not any(_elsewhere(trial) for trial in self._study.get_trials(deepcopy=False)):
                 return
             self._wait()
         with exclusive(storage, str(self._sweep.name)):
@@ -106,15 +106,6 @@ class Worker:
             if trial.state is not TrialState.FAIL:
                 raise
             say(f"trial {root(trial)} was given up by the others, as no sign of life reached them")
-
-    def _left(self, trials: dict[int, optuna.trial.FrozenTrial]) -> bool:
-        """Whether there is a trial to take up."""
-        if reached(trials, self._sweep):
-            return False
-        if any(outcome(trial) == "waiting" for trial in trials.values()):
-            return True
-        cap = self._sweep.run_cap
-        return self._sweep.method != "grid" and (cap is None or len(trials) < cap)
 
     def _wait(self) -> None:
         end = time.monotonic() + self._timing.heartbeat

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -62,6 +63,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_program_that_will_not_end(tmp_path)
     os.kill(command.pid, signal.SIGINT)
     line = command.stderr.readline()
     assert line.startswith("stopping: running trials have 15 s")
+    time.sleep(0.6)
     assert not gone(program)
     os.kill(command.pid, signal.SIGINT)
     command.communicate(timeout=5)
