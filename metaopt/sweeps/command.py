@@ -65,6 +65,9 @@ def nested(config: Mapping[str, Any], sweep: Sweep | None = None) -> dict[str, A
         config: values by flat name.
         sweep: tells a nested parameter from one with a dot in its name. None: every dot is nesting.
 
+    Raises:
+        ValueError: without a sweep, ``a`` beside ``a.b``.
+
     Example:
         >>> nested({"epochs": 3, "optimizer.lr": 0.1, "optimizer.name": "adam"})
         {'epochs': 3, 'optimizer': {'lr': 0.1, 'name': 'adam'}}
@@ -73,8 +76,11 @@ def nested(config: Mapping[str, Any], sweep: Sweep | None = None) -> dict[str, A
     for name, value in config.items():
         *above, last = name.split(".") if sweep is None else sweep.paths[name]
         branch = tree
-        for key in above:
+        for depth, key in enumerate(above, 1):
             branch = branch.setdefault(key, {})
+            if not isinstance(branch, dict):
+                outer = ".".join(above[:depth])
+                raise ValueError(f"{outer} and {name} cannot both be nested: pass the sweep, which knows what they are")
         branch[last] = value
     return tree
 
