@@ -44,6 +44,8 @@ def draw(sweep: Sweep, trials: Mapping[int, FrozenTrial], names: list[str], path
         if _spread(at):
             axes.set_xscale("log")
         axes.set(xlabel=name)
+    if others:
+        figure.suptitle("colours: from the first trial (dark) to the last (light)", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,15 +92,22 @@ def open_storage(url: str, timing: Timing, *, create: bool) -> Storage:
     with one_line(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
         try:
-            return Storage(
-                parsed.render_as_string(hide_password=False),
-                # No pool: nothing is held while a program trains, over a fork, or after the database was restarted.
-                engine_kwargs={"connect_args": arguments, "poolclass": NullPool},
-                heartbeat_interval=timing.heartbeat,
-                grace_period=4 * timing.heartbeat,
-            )
+            return _connected(parsed, arguments, timing)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            time.sleep(1.0)  # another process makes the tables just now
+            return _connected(parsed, arguments, timing)
         except ImportError:
             raise StorageError('a sweep in PostgreSQL needs psycopg: pip install "metaopt[sweeps]"') from None
+
+
+def _connected(url: URL, arguments: dict[str, Any], timing: Timing) -> Storage:
+    return Storage(
+        url.render_as_string(hide_password=False),
+        # No pool: nothing is held while a program trains, over a fork, or after the database was restarted.
+        engine_kwargs={"connect_args": arguments, "poolclass": NullPool},
+        heartbeat_interval=timing.heartbeat,
+        grace_period=4 * timing.heartbeat,
+    )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from metaopt.sweeps.storage import Timing
 from metaopt.sweeps.study import worst
 
 _POLL = 1.0  # seconds between two looks at what the program has logged
+_OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID")
 _TAIL = 20  # lines of output that are kept of a program that failed
 
 
@@ -167,7 +168,8 @@ def _environment(sweep: Sweep, folder: Path) -> dict[str, str]:
         unless_set["WANDB_PROJECT"] = sweep.project
     if sweep.entity is not None:
         unless_set["WANDB_ENTITY"] = sweep.entity
-    return {**unless_set, **os.environ, **own}
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_RUN}
+    return {**unless_set, **inherited, **own}
 
 
 def _wandb_config(config: Mapping[str, Any]) -> str:

@@ -128,6 +128,8 @@ class Worker:
         reporter = _Reporter(trial, self._study, self, self._timing)
         started = time.monotonic()
         try:
+            if self.stopping:
+                raise Stopped
             value = run_trial(self._sweep, config, folder, self._study.user_attrs["id"], self._timing, reporter.look)
         except Failed as error:
             trial.set_user_attr("error", str(error))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import optuna
 import pytest
@@ -12,6 +14,7 @@ from optuna.trial import TrialState
 from metaopt.sweeps import SweepError, parse, process
 from metaopt.sweeps.storage import Timing, open_storage
 from metaopt.sweeps.study import DEATHS, Queue, create, find, latest, outcome, recover, root, size
+from tests.sweeps.sweeping import REPOSITORY
 
 GRID = """
 name: one
@@ -122,3 +125,18 @@ def test_a_study_is_found_by_those_who_search_for_the_same(storage):
         find(parse(GRID.replace("grid", "random")), storage)
     with pytest.raises(SweepError, match="has been started already"):
         create(parse(GRID), storage)
+
+
+def test_sweeps_know_nothing_of_the_rest_of_the_package():
+    code = "import sys, metaopt.sweeps.engine, metaopt.sweeps.report; print('torch' in sys.modules, *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    torch, *modules = done.stdout.split()
+    assert torch == "False"
+    ours = {name for name in modules if name.startswith("metaopt.")}
+    assert {name for name in ours if not name.startswith("metaopt.sweeps")} == set()
