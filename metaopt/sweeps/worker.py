@@ -63,10 +63,19 @@ def say(line: str, stream: Any = None) -> None:
 
 
 class Worker:
-    """See above."""
+    """Takes up trials and runs them.
+
+    Args:
+        sweep: as read from its file.
+        folder: for its results.
+        timing: heartbeats and graces.
+    """
 
     def __init__(self, sweep: Sweep, folder: Path, timing: Timing) -> None:
         self._sweep, self._folder, self._timing = sweep, folder, timing
+        self._study: optuna.Study
+        self._taking = ExitStack()  # holds the lock while a trial is taken up
+        self._number: int | None = None
         self.stopping = False
 
     def stop(self, number: int, frame: FrameType | None) -> None:
@@ -79,11 +88,10 @@ class Worker:
         self._study = find(self._sweep, storage)
         queue = Queue(self._study, self._sweep)
         while not self.stopping:
-            with ExitStack() as taking:
-                taking.enter_context(exclusive(storage, str(self._sweep.name)))
+            with self._taking:
+                self._taking.enter_context(exclusive(storage, str(self._sweep.name)))
                 recover(self._study)
                 if queue.ready():
-                    self._taking = taking
                     self._one()
                     continue
             # A trial of a sibling that is cut off now brings a new worker; one from elsewhere does not.
@@ -95,6 +103,7 @@ class Worker:
 
     def _one(self) -> None:
         """Run one trial."""
+        self._number = None
         try:
             self._study.optimize(self._objective, n_trials=1, catch=(Failed, Stopped))
         except UnboundLocalError as error:  # Optuna's own, after the database went away while it recorded the end
@@ -102,10 +111,10 @@ class Worker:
                 raise error.__context__ from error.__context__.__cause__
             raise
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            trial = self._study.get_trials(deepcopy=False)[self._number]
-            if trial.state is not TrialState.FAIL:
+            trials = self._study.get_trials(deepcopy=False)
+            if self._number is None or trials[self._number].state is not TrialState.FAIL:
                 raise
-            say(f"trial {root(trial)} was given up by the others, as no sign of life reached them")
+            say(f"trial {root(trials[self._number])} was given up by the others, as no sign of life reached them")
 
     def _wait(self) -> None:
         end = time.monotonic() + self._timing.heartbeat

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 
 import pytest
 
-from tests.sweeps.sweeping import Sweeping
+from tests.sweeps.sweeping import PROGRAM, RECORD, Sweeping
 
 KINDS = """
 program: program.py
@@ -50,6 +51,18 @@ from pathlib import Path
 def limit(connection, record):
     if len(list(Path().glob("runs/sweeps/sweep/trials/*/result.json"))) >= 2:
         connection.execute("PRAGMA max_page_count = 1")
+"""
+
+
+AWAY = """
+from pathlib import Path
+import optuna
+present = optuna.storages.RDBStorage.get_trial
+def get_trial(storage, number):
+    if Path("away").exists():
+        raise optuna.exceptions.StorageInternalError("no route to host")
+    return present(storage, number)
+optuna.storages.RDBStorage.get_trial = get_trial
 """
 
 
@@ -141,3 +154,16 @@ def test_bad_input_is_said_in_one_line_and_leaves_nothing_behind(sweeping, tmp_p
     assert (code, output) == (1, "")
     assert one_line(errors).startswith(f"metaopt: {said}")
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.yaml", "program.py"}
+
+
+def test_a_database_that_comes_back_gets_the_result_that_was_ready_and_nothing_is_run_again(tmp_path):
+    sweeping = Sweeping(tmp_path, program=PROGRAM + RECORD + "if config['number'] == 2:\n    Path('away').touch()\n")
+    sweeping.file(lambda text: text.replace("[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]", "[0, 1, 2, 3]"))
+    command = sweeping.start("run", "sweep.yaml", before=AWAY)
+    line = command.stderr.readline()
+    (tmp_path / "away").unlink()
+    output, errors = command.communicate(timeout=60)
+    assert line.endswith("sweep.db cannot be used: no route to host\n")
+    assert (command.returncode, errors) == (0, "")
+    assert output.splitlines()[-1] == "4 complete; best validation/loss 1 (trial 4)"  # 3 is what went on with 2
+    assert sweeping.lives() == Counter(range(4))

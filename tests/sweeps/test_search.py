@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import yaml
 
 from tests.sweeps.sweeping import Sweeping
 
@@ -71,3 +74,25 @@ def test_hyperband_stops_a_program_that_only_logs_to_wandb(tmp_path):
     assert good.value == 0.2
     assert good.intermediate_values == {step: 1 / (step + 1) for step in range(5)}
     assert len(bad.intermediate_values) >= 3
+
+
+def test_wandbs_engine_gets_the_file_as_it_is_and_its_agents_run_the_trials(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    text = SEARCH.format(method="bayes", cap=3, target="") + "project: mine\n"
+    sweeping = Sweeping(tmp_path, text)
+    told = []
+
+    class Agent:
+        def __init__(self, words):
+            told.append(words)
+
+        def wait(self):
+            return len(told)
+
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "sweep", lambda config, **where: told.append((config, where)) or "abc")
+    monkeypatch.setattr("metaopt.sweeps.server.subprocess.Popen", Agent)
+    code, _output, errors = sweeping.call("run", "sweep.yaml", "--engine", "wandb", "--workers", "2")
+    assert (code, errors) == (3, "")
+    agent = [sys.executable, "-m", "wandb", "agent", "--project", "mine", "abc"]
+    assert told == [(yaml.safe_load(text), {"entity": None, "project": "mine"}), agent, agent]
