@@ -6,11 +6,12 @@ import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from experiments.parts.session import Tracked, options
 from experiments.parts.study import Finding, Study, findings_markdown, findings_table
 
 STUDIES = (
@@ -27,7 +28,7 @@ STUDIES = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Reproduce published results, and print what was published beside what was measured."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = STUDIES
@@ -35,7 +36,7 @@ class Config:
     quick: bool = False
     """A few seconds each: whether they run, not what they find."""
     out: Path = Path("runs/papers")
-    """Folder for table.md and the figures."""
+    """Folder for table.md, and one folder for each study."""
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -50,7 +51,10 @@ def main(config: Config) -> dict[Study, list[Finding]]:
     for name in config.names:
         study: Study = importlib.import_module(f"experiments.{name}").STUDY
         started = perf_counter()
-        found[study] = study.run(replace(study.config(), quick=config.quick, out=config.out))
+        own: Any = {"quick": config.quick}
+        found[study] = study.findings(
+            replace(study.config(), out=config.out / name, resume=config.resume, wandb=config.wandb, **own)
+        )
         console.print(f"{study.title}: {perf_counter() - started:.0f} s")
         config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "table.md").write_text(findings_markdown(found), encoding="utf-8")
@@ -59,4 +63,4 @@ def main(config: Config) -> dict[Study, list[Finding]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(options(Config, __doc__))

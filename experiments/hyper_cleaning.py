@@ -26,6 +26,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
 import metaopt
+from experiments.parts.session import ALONE, Part, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt.metagrad import Estimator, Implicit, Unrolled
 from metaopt.tasks import Split, Splits, load_digits, load_idx
@@ -40,13 +41,12 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Find the wrong labels of a training set by gradient descent on the validation loss."""
 
     quick: bool = False
     """Four meta-steps."""
-    out: Path = Path("runs/papers")
-    """Folder for hyper_cleaning.svg."""
+    out: Path = Path("runs/papers/hyper_cleaning")
     data: Path | None = None
     """A folder of IDX files (MNIST's names); None for scikit-learn's digits: 1,000 / 397 / 400 images."""
     examples: int = 5_000
@@ -146,26 +146,26 @@ def f1(flagged: Tensor, wrong: Tensor) -> float:
     return 2 * (flagged & wrong).sum().item() / max(1, (flagged.sum() + wrong.sum()).item())
 
 
-def clean(found: Flipped, estimator: Estimator, config: Config) -> Tensor:
+def clean(found: Flipped, estimator: Estimator, config: Config, part: Part = ALONE) -> Tensor:
     """The learned weights of the training examples."""
     task = SoftmaxRegression(found.data.train, found.data.validation)
     start = torch.full((len(found.wrong),), 0.5)
     hyper = metaopt.Hyperparameters(OPTIMIZER, learn={"weights": (start, constraints.unit_interval)})
     meta_optimizer = torch.optim.Adam(hyper.parameters(), lr=config.meta_lr)
     steps = min(4, config.meta_steps) if config.quick else config.meta_steps
-    metaopt.meta_train(task, OPTIMIZER, hyper, estimator, meta_optimizer, steps=steps, progress=False)
+    metaopt.meta_train(task, OPTIMIZER, hyper, estimator, meta_optimizer, steps=steps, progress=False, **part)
     weights: Tensor = hyper()["weights"].detach()
     return weights
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     torch.set_num_threads(1)
     found = load(config)
     everything = torch.ones_like(found.wrong)
     before, oracle = (accuracy(found.data, kept, config.steps) for kept in (everything, ~found.wrong))
     findings, learned = [], {}
     for name, make in ESTIMATORS.items():
-        learned[name] = weights = clean(found, make(config.steps), config)
+        learned[name] = weights = clean(found, make(config.steps), config, session.part(estimator=name))
         score = f1(weights < 0.5, found.wrong)
         after = accuracy(found.data, weights >= 0.5, config.steps)
         findings += [

@@ -26,9 +26,12 @@ import metaopt
 from experiments.parts.rate import Rate
 from experiments.parts.running import meta_losses
 from experiments.parts.running import run as train
+from experiments.parts.session import Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
+from metaopt import tracking
 from metaopt.functional import Optimizer
 from metaopt.tasks import Digits
+from metaopt.tracking import Run
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,12 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """SGD and Adam with hypergradient descent on digits, from a poor learning rate."""
 
     quick: bool = False
     """150 steps, one seed, one meta-learning rate, and constant rates near the best alone."""
-    out: Path = Path("runs/papers")
-    """Folder for hypergradient_descent.svg."""
+    out: Path = Path("runs/papers/hypergradient_descent")
     steps: int = 300
     seeds: int = 3
     seed: int = 0
@@ -81,7 +83,7 @@ class Training:
     losses: list[float]
 
 
-def descend(method: Method, meta_lr: float, steps: int, seed: int) -> Training:
+def descend(method: Method, meta_lr: float, steps: int, seed: int, tracker: Run | None = None) -> Training:
     """Train once, the learning rate starting at the poor one and learning on the way."""
     task, hyper, online = Digits(), Rate(method.poor), metaopt.metagrad.Online(steps)
     meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=meta_lr)
@@ -94,7 +96,7 @@ def descend(method: Method, meta_lr: float, steps: int, seed: int) -> Training:
     meta_optimizer.register_step_post_hook(record)
     generator = torch.Generator().manual_seed(seed)
     metaopt.meta_train(
-        task, method.opt, hyper, online, meta_optimizer, steps=steps, generator=generator, progress=False
+        task, method.opt, hyper, online, meta_optimizer, steps, tracker=tracker, generator=generator, progress=False
     )
     return training
 
@@ -128,20 +130,26 @@ class Comparison:
         return fmean(training.losses[-1] for training in self.learned[meta_lr])
 
 
-def compare(method: Method, config: Config) -> Comparison:
+def compare(method: Method, config: Config, tracker: Run | None = None) -> Comparison:
     seeds = range(config.seed, config.seed + config.seeds)
     meta_lrs = [method.meta_lr] if config.quick else [method.meta_lr, 0.1 * method.meta_lr, 10 * method.meta_lr]
     rates = method.rates[-3:] if config.quick else method.rates
     constants = {lr: constant(method, lr, config) for lr in rates}
     best = min(constants, key=lambda lr: constants[lr][-1])
-    learned = {beta: [descend(method, beta, config.steps, seed) for seed in seeds] for beta in meta_lrs}
+    tracker = tracking.complete(tracker)
+    learned = {
+        beta: [
+            descend(method, beta, config.steps, seed, tracker.scope(beta=f"{beta:g}", seed=str(seed))) for seed in seeds
+        ]
+        for beta in meta_lrs
+    }
     return Comparison(best, constant(method, method.poor, config), constants[best], learned)
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     if config.quick:
         config = replace(config, steps=150, seeds=1)
-    found = {name: compare(method, config) for name, method in METHODS.items()}
+    found = {name: compare(method, config, session.tracker.scope(optimizer=name)) for name, method in METHODS.items()}
     save_figure(config.out / "hypergradient_descent.svg", lambda figure: _draw(figure, found), (8.0, 6.0))
     return [finding for name, comparison in found.items() for finding in _findings(name, comparison)]
 

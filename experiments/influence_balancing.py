@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
 import metaopt
+from experiments.parts.session import ALONE, Part, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt.metagrad import PES, Estimator, TruncatedES, Unrolled
 from metaopt.tasks.task import Values
@@ -28,7 +29,7 @@ FINDS = {"TBPTT-1": False, "TBPTT-10": False, "TBPTT-100": True, "ES": False, "P
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Influence balancing by truncated backpropagation, by ES and by PES."""
 
     iterations: int = 3000
@@ -41,7 +42,7 @@ class Config:
     seed: int = 0
     quick: bool = False
     """300 iterations."""
-    out: Path = Path("runs/papers")
+    out: Path = Path("runs/papers/influence_balancing")
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.particles < 2 or self.particles % 2:
@@ -107,8 +108,11 @@ class Theta(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         return {"theta": self.theta}
 
+    def numbers(self) -> dict[str, float]:
+        return {"theta": self.theta.item()}
 
-def learn(config: Config, name: str) -> list[float]:
+
+def learn(config: Config, name: str, part: Part = ALONE) -> list[float]:
     """theta after each meta-step."""
     window = int(name.split("-")[1]) if "-" in name else 1
     steps, pairs = config.iterations * window, config.particles // 2
@@ -122,9 +126,7 @@ def learn(config: Config, name: str) -> list[float]:
     hyper = Theta()
     # The objective is a mean over the horizon, of which a window has its share; the study's is the loss itself.
     meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=config.lr * steps)
-    path: list[float] = []
-    meta_optimizer.register_step_post_hook(lambda *_: path.append(hyper.theta.item()))
-    metaopt.meta_train(
+    result = metaopt.meta_train(
         FirstEntry(every=window),
         LinearSystem(),
         hyper,
@@ -133,8 +135,9 @@ def learn(config: Config, name: str) -> list[float]:
         steps=config.iterations,
         generator=torch.Generator().manual_seed(config.seed),
         progress=False,
+        **part,
     )
-    return path
+    return [*(record["hyper"]["theta"] for record in result.history[1:]), hyper.theta.item()]
 
 
 @torch.no_grad()
@@ -147,11 +150,14 @@ def loss(theta: float, steps: int = 500) -> float:
     return float(task.meta_loss(state, {}))
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     """Learn theta by each estimator; the optimum is a closed form."""
     if config.quick:
         config = replace(config, iterations=300, particles=100)
-    paths = {name: learn(config, name) for name in ("TBPTT-1", "TBPTT-10", "TBPTT-100", "ES", "PES")}
+    paths = {
+        name: learn(config, name, session.part(estimator=name))
+        for name in ("TBPTT-1", "TBPTT-10", "TBPTT-100", "ES", "PES")
+    }
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

@@ -20,7 +20,6 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +27,7 @@ from torch import nn
 
 import metaopt
 from experiments.parts.meta_optimizer import annealed_adam
+from experiments.parts.session import ALONE, Session, Tracked, options, session
 from experiments.parts.study import save_figure
 from experiments.parts.tuning import HAND_DESIGNED, Trained, judged, tuned
 from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
@@ -62,7 +62,7 @@ CURRICULUM = ((0.25, 0.2), (0.3, 0.5), (0.45, 1.0))
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Meta-train a learned optimizer on MNIST-1D, or take one that is shipped, and compare it."""
 
     design: Literal["mlp", "lstm", "adafactor"] = "mlp"
@@ -86,7 +86,6 @@ class Config:
     """Seeds on which the learning rates of the others are tuned."""
     seed: int = 0
     out: Path = Path("runs/learned_optimizer")
-    """Folder for the weights, the record and the figure."""
 
     def __post_init__(self) -> None:
         for name in ("horizon", "batch_size", "meta_steps", "replicas", "seeds", "tuning_seeds"):
@@ -97,7 +96,9 @@ class Config:
                 raise ValueError(f"{name} must be > 0, got {name}={getattr(self, name)}")
 
 
-def meta_train(config: Config, learned: LearnedOptimizer, console: Console) -> list[dict[str, Any]]:
+def meta_train(
+    config: Config, learned: LearnedOptimizer, console: Console, run: Session | None = None
+) -> list[dict[str, Any]]:
     """Through the curriculum; what was logged at each meta-step."""
     task = Replicas(MNIST1D(partial(network, 50), config.batch_size), config.replicas)
     meta_optimizer, annealing = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
@@ -109,7 +110,15 @@ def meta_train(config: Config, learned: LearnedOptimizer, console: Console) -> l
         # The mean of the inner losses: with the last alone, what is learned is better on this task and worse elsewhere.
         estimator = ESTIMATORS[config.estimator](horizon)
         result = metaopt.meta_train(
-            task, learned, learned, estimator, meta_optimizer, steps, generator=generator, scheduler=annealing
+            task,
+            learned,
+            learned,
+            estimator,
+            meta_optimizer,
+            steps,
+            generator=generator,
+            scheduler=annealing,
+            **(ALONE if run is None else run.part(stage=f"{horizon} steps")),
         )
         history += result.history
     return history
@@ -168,7 +177,7 @@ def main(config: Config) -> dict[str, list[Trained]]:
     console = Console()
     started = perf_counter()
     # The others are tuned in a second process while this one learns.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with session(config, "learned_optimizer") as run, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         others = {
             scenario: [pool.submit(hand_designed, config, scenario, name) for name in HAND_DESIGNED]
             for scenario in scenarios(config)
@@ -176,7 +185,7 @@ def main(config: Config) -> dict[str, list[Trained]]:
         if config.shipped is None:
             torch.manual_seed(config.seed)
             learned = DESIGNS[config.design]()
-            meta_train(config, learned, console)
+            meta_train(config, learned, console, run)
             path = metaopt.learned.save(learned, config.out / f"{config.design}.safetensors")
             console.print(f"meta-training: {perf_counter() - started:.0f} s; weights in {path}")
         else:
@@ -185,6 +194,9 @@ def main(config: Config) -> dict[str, list[Trained]]:
         for scenario, (task, steps) in scenarios(config).items():
             own = judged(task, learned, f"learned, {learned.architecture}", None, steps, config.seeds)
             found[scenario] = [own, *(other.result() for other in others[scenario])]
+        run.tracker.artifact(
+            "evaluation", {scenario: {each.name: each.mean for each in rows} for scenario, rows in found.items()}
+        )
     shown = table(config, found)
     Console(width=max(console.width, 170)).print(shown)
     save_figure(config.out / "learned_optimizer.svg", partial(draw, found), (14, 6))
@@ -193,4 +205,4 @@ def main(config: Config) -> dict[str, list[Trained]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(options(Config, __doc__))

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 import metaopt
 from experiments.parts.meta_optimizer import annealed_adam
+from experiments.parts.session import ALONE, Part, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt import functional
 from metaopt.functional import Optimizer
@@ -31,7 +32,7 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of Adam, beside it
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Meta-train the per-parameter MLP on random quadratics."""
 
     meta_steps: int = 400
@@ -49,7 +50,7 @@ class Config:
     seed: int = 0
     quick: bool = False
     """40 meta-steps through 60 steps, not compiled."""
-    out: Path = Path("runs/papers")
+    out: Path = Path("runs/papers/learned_quadratics")
 
     def __post_init__(self) -> None:
         for name in ("meta_steps", "steps", "truncation", "tasks", "held_out"):
@@ -77,7 +78,7 @@ def curve(opt: Optimizer, config: Config, lr: float | None = None) -> list[float
     return losses
 
 
-def meta_train(config: Config) -> MLPOptimizer:
+def meta_train(config: Config, part: Part = ALONE) -> MLPOptimizer:
     torch.manual_seed(config.seed)
     learned = MLPOptimizer(step_scale=0.1, magnitude_scale=1.0)
     meta_optimizer, annealing = annealed_adam(learned, config.meta_lr, config.meta_steps, config.clip)
@@ -91,16 +92,17 @@ def meta_train(config: Config) -> MLPOptimizer:
         generator=torch.Generator().manual_seed(config.seed),
         scheduler=annealing,
         progress=False,
+        **part,
     )
     return learned
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     """Meta-train, and compare with Adam at its best learning rate on the same tasks."""
     torch.set_num_threads(1)
     if config.quick:
         config = replace(config, meta_steps=40, steps=60, tasks=32)
-    learned = curve(meta_train(config), config)
+    learned = curve(meta_train(config, session.part()), config)
     adam = min((curve(functional.adam(), config, lr) for lr in RATES), key=lambda losses: losses[-1])
 
     def draw(figure: Figure) -> None:

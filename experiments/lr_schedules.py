@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import metaopt
 from experiments.parts.running import meta_losses
 from experiments.parts.running import run as train
+from experiments.parts.session import ALONE, Part, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt import PerParameter, Schedule
 from metaopt.tasks import MNIST1D, Replicas
@@ -33,13 +34,12 @@ FRESH = 1_000_000  # far from the seeds that are learned with
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Learn the learning rate of each step and layer on MNIST-1D."""
 
     quick: bool = False
     """Fifteen meta-steps of two runs each with a meta-learning rate of .15, and five fresh seeds."""
-    out: Path = Path("runs/papers")
-    """Folder for lr_schedules.svg."""
+    out: Path = Path("runs/papers/lr_schedules")
     steps: int = 100
     """Inner steps, >= 30: the last 10 are compared with the fifth in the middle."""
     meta_steps: int = 50
@@ -88,7 +88,7 @@ TASK = MNIST1D(network, batch_size=100)
 SGD = metaopt.functional.sgd(momentum=0.9)
 
 
-def learn(config: Config) -> Learned:
+def learn(config: Config, part: Part = ALONE) -> Learned:
     """Meta-train the schedules on the validation loss after the last step."""
     names = [name for name, _ in network().named_parameters()]
     hyper = metaopt.Hyperparameters(SGD, {"lr": PerParameter(names, Schedule(config.steps, config.start))})
@@ -102,6 +102,7 @@ def learn(config: Config) -> Learned:
         steps=config.meta_steps,
         generator=torch.Generator().manual_seed(config.seed),
         progress=False,
+        **part,
     )
     return Learned({name: torch.tensor(values) for name, values in hyper.numbers()["lr"].items()}, result.losses)
 
@@ -118,10 +119,10 @@ def validation_loss(lr: Any, config: Config) -> float:
     return float(meta_losses(TASK, train(TASK, SGD, {"lr": lr}, config.steps, config.seeds, generator)).mean())
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     if config.quick:
         config = replace(config, meta_steps=15, meta_lr=0.15, replicas=2, seeds=5)
-    learned = learn(config)
+    learned = learn(config, session.part())
     save_figure(config.out / "lr_schedules.svg", lambda figure: _draw(figure, learned, config.start), (11.0, 3.2))
     shrunk = [
         Finding(

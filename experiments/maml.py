@@ -22,6 +22,7 @@ from torch import Tensor
 
 import metaopt
 from experiments.parts.learned_start import FromStart, Start
+from experiments.parts.session import ALONE, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt.tasks import Sinusoids, TaskBatch, Tasks, Wave
 from metaopt.unroll.plain import InnerStep
@@ -33,13 +34,12 @@ TESTED_EVERY = 1_000  # iterations
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Learn where SGD starts (MAML) and how far it steps (Meta-SGD), so that one step fits a new sinusoid."""
 
     quick: bool = False
     """200 iterations, not compiled: whether it learns, not how far."""
-    out: Path = Path("runs/papers")
-    """Folder for maml.svg."""
+    out: Path = Path("runs/papers/maml")
     iterations: int = LATE
     """Meta-steps of each method."""
     tasks: int = 25
@@ -102,7 +102,7 @@ def score(hyper: Start, family: Sinusoids, waves: Wave, lr: float) -> Score:
     return Score(errors.mean().item(), 1.96 * errors.std().item() / len(errors) ** 0.5)
 
 
-def learn(config: Config, *, rates: bool) -> Learned:
+def learn(config: Config, session: Session | None = None, *, rates: bool) -> Learned:
     """MAML, or with a learned rate for each weight Meta-SGD; tested now and then."""
     family = Sinusoids(config.shots, queries=config.shots)
     waves = family.sample(config.test_tasks, torch.Generator().manual_seed(TEST_SEED))
@@ -116,16 +116,18 @@ def learn(config: Config, *, rates: bool) -> Learned:
     every = min(TESTED_EVERY, max(1, iterations // 10))
     scores = {0: score(hyper, family, waves, config.lr)}
     for done in range(every, iterations + 1, every):
+        name = "Meta-SGD" if rates else "MAML"
+        part = ALONE if session is None else session.part(method=name, iterations=str(done))
         metaopt.meta_train(
-            task, opt, hyper, estimator, meta_optimizer, steps=every, generator=generator, progress=False
+            task, opt, hyper, estimator, meta_optimizer, every, generator=generator, progress=False, **part
         )
         scores[done] = score(hyper, family, waves, config.lr)
     return Learned(hyper, scores)
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     torch.set_num_threads(1)
-    maml, meta_sgd = learn(config, rates=False), learn(config, rates=True)
+    maml, meta_sgd = learn(config, session, rates=False), learn(config, session, rates=True)
     save_figure(config.out / "maml.svg", lambda figure: _draw(figure, maml, meta_sgd, config), (10.0, 3.4))
     bounds = {EARLY: 0.70, LATE: 0.45}
     findings = [

@@ -19,6 +19,7 @@ from torch import nn
 
 import metaopt
 from experiments.parts.rate import Rate
+from experiments.parts.session import ALONE, Part, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt.tasks import MNIST1D, mlp1d
 
@@ -26,13 +27,12 @@ STARTS = (1.5, 0.15)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Meta-learn the learning rate of SGD on MNIST-1D."""
 
     quick: bool = False
     """Ten meta-steps with a meta-learning rate of 1."""
-    out: Path = Path("runs/papers")
-    """Folder for mnist1d_lr.svg."""
+    out: Path = Path("runs/papers/mnist1d_lr")
     steps: int = 200
     """Inner steps."""
     meta_steps: int = 50
@@ -56,7 +56,7 @@ class Descent:
     losses: list[float]
 
 
-def descend(start: float, config: Config) -> Descent:
+def descend(start: float, config: Config, part: Part = ALONE) -> Descent:
     """Meta-learn the learning rate from one start."""
 
     def network() -> nn.Module:
@@ -66,8 +66,6 @@ def descend(start: float, config: Config) -> Descent:
     task = MNIST1D(network, batch_size=50, order="sequential", validation=0)
     hyper = Rate(start)
     meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=config.meta_lr)
-    rates = [start]
-    meta_optimizer.register_step_post_hook(lambda *_: rates.append(hyper.lr.item()))
     result = metaopt.meta_train(
         task,
         metaopt.functional.sgd(),
@@ -76,14 +74,15 @@ def descend(start: float, config: Config) -> Descent:
         meta_optimizer,
         steps=config.meta_steps,
         progress=False,
+        **part,
     )
-    return Descent(rates, result.losses)
+    return Descent([*(record["hyper"]["lr"] for record in result.history), hyper.lr.item()], result.losses)
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     if config.quick:
         config = replace(config, meta_steps=10, meta_lr=1.0)
-    descents = {start: descend(start, config) for start in STARTS}
+    descents = {start: descend(start, config, session.part(start=f"{start:g}")) for start in STARTS}
     save_figure(config.out / "mnist1d_lr.svg", lambda figure: _draw(figure, descents), (8.0, 3.2))
     learned = [
         Finding(

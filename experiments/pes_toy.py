@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
 import metaopt
+from experiments.parts.session import ALONE, Part, Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt.metagrad import PES, Estimator, TruncatedES, Unrolled
 from metaopt.tasks.task import Values
@@ -25,7 +26,7 @@ STEPS, WINDOW = 100, 10
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """The 2-d toy problem by PES, truncated ES and truncated backpropagation."""
 
     iterations: int = 4500
@@ -39,7 +40,7 @@ class Config:
     """Of PES, whose end differs from seed to seed."""
     quick: bool = False
     """100 iterations of one seed."""
-    out: Path = Path("runs/papers")
+    out: Path = Path("runs/papers/pes_toy")
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.seeds < 1 or self.particles < 2 or self.particles % 2:
@@ -80,10 +81,16 @@ class LinearInTime(nn.Module):
         share = torch.arange(STEPS) / STEPS
         return {"lr": metaopt.Schedule.of(first * (1.0 - share) + last * share)}
 
+    def numbers(self) -> dict[str, list[float]]:
+        """The learned numbers, logarithms of the two."""
+        return {"ends": self.ends.tolist()}
+
 
 @torch.no_grad()
-def total(hyper: LinearInTime) -> float:
-    """The sum of the losses after each step of training."""
+def total(ends: list[float]) -> float:
+    """The sum of the losses after each step of training, by the logarithms of the first and the last rate."""
+    hyper = LinearInTime()
+    hyper.ends.copy_(torch.tensor(ends))
     task, opt, lr = Toy(), metaopt.functional.sgd(), hyper()["lr"]
     params = task.init(None)
     state = opt.init(params)
@@ -104,28 +111,35 @@ def estimator(name: str, config: Config) -> Estimator:
     return Unrolled(STEPS, "mean", truncation=WINDOW, carry=True)
 
 
-def learn(config: Config, name: str, seed: int = 0, every: int = 50) -> list[tuple[int, float]]:
+def learn(config: Config, name: str, seed: int = 0, every: int = 50, part: Part = ALONE) -> list[tuple[int, float]]:
     """The total loss of training after some of the meta-steps."""
-    hyper, path = LinearInTime(), []
-    path.append((0, total(hyper)))
-    meta_optimizer = torch.optim.Adam(hyper.parameters(), lr=config.meta_lr)
-    estimate, generator = estimator(name, config), torch.Generator().manual_seed(seed)
-    for done in range(0, config.iterations, every):
-        steps = min(every, config.iterations - done)
-        metaopt.meta_train(TASK, OPT, hyper, estimate, meta_optimizer, steps=steps, generator=generator, progress=False)
-        path.append((done + steps, total(hyper)))
-    return path
+    hyper = LinearInTime()
+    result = metaopt.meta_train(
+        TASK,
+        OPT,
+        hyper,
+        estimator(name, config),
+        torch.optim.Adam(hyper.parameters(), lr=config.meta_lr),
+        steps=config.iterations,
+        generator=torch.Generator().manual_seed(seed),
+        progress=False,
+        **part,
+    )
+    ends = [*(record["hyper"]["ends"] for record in result.history), hyper.ends.tolist()]
+    return [(done, total(ends[done])) for done in sorted({*range(0, config.iterations, every), config.iterations})]
 
 
 TASK, OPT = Toy(), metaopt.functional.sgd()
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     """Learn the schedule by each estimator."""
     if config.quick:
         config = replace(config, iterations=100, seeds=1)
-    paths = {name: [learn(config, name)] for name in ("TBPTT", "ES")}
-    paths["PES"] = [learn(config, "PES", seed) for seed in range(config.seeds)]
+    paths = {name: [learn(config, name, part=session.part(estimator=name))] for name in ("TBPTT", "ES")}
+    paths["PES"] = [
+        learn(config, "PES", seed, part=session.part(estimator="PES", seed=str(seed))) for seed in range(config.seeds)
+    ]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

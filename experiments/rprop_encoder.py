@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 
 import metaopt
 from experiments.parts.running import run as train
+from experiments.parts.session import Session, Tracked
 from experiments.parts.study import Finding, Study, save_figure
 from metaopt.functional import Optimizer
 from metaopt.tasks.task import Values
@@ -29,13 +30,12 @@ Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Tracked):
     """Epochs until the 10-5-10 encoder is learned, by Rprop and by backpropagation."""
 
     quick: bool = False
     """Backpropagation at a good learning rate alone, without the search for the best."""
-    out: Path = Path("runs/papers")
-    """Folder for rprop_encoder.svg."""
+    out: Path = Path("runs/papers/rprop_encoder")
     trials: int = 100
     """Trainings side by side, each from a start of its own."""
     epochs: int = 500
@@ -95,7 +95,7 @@ def converged(needed: Tensor) -> float:
     return needed.isfinite().double().mean().item()
 
 
-def run(config: Config) -> list[Finding]:
+def run(config: Config, session: Session) -> list[Finding]:
     rprop = epochs_needed(metaopt.functional.rprop(lr=0.1, etas=(0.5, 1.2), step_sizes=(1e-6, 50.0)), config)
     rates = (2.0,) if config.quick else RATES
     backprop = {lr: epochs_needed(metaopt.functional.sgd(lr=lr), config) for lr in rates}

@@ -1,7 +1,7 @@
 """Scalar maths that stays exact and finite where the textbook formula does not.
 
 Three places in the Adam family break under autograd: the square root at 0 (infinite slope), ``1 - beta**t`` at
-beta = 0 (``log 0``) or beta near 1 (cancellation), and RAdam's rectification, whose square root has a negative argument
+beta near 0 (``log 0``) or near 1 (cancellation), and RAdam's rectification, whose square root has a negative argument
 in the first steps. A ``where`` around the finished value does not help, because ``0 * inf`` in the backward pass is
 NaN; each function here moves the argument to a harmless place first, and selects afterwards.
 """
@@ -39,10 +39,10 @@ def one_minus_power(base: Tensor, exponent: Tensor) -> Tensor:
         >>> one_minus_power(torch.tensor(1 - 2**-50, dtype=torch.float64), torch.tensor(4.0)).item() * 2**50
         3.99999999999999...
     """
-    positive = base > 0
-    log_base = torch.log(torch.where(positive, base, 0.5))
-    # At 0 the plain power has the right value and slope (-1 for exponent 1, else 0), which exp(t log b) has not.
-    return torch.where(positive, -torch.expm1(exponent * log_base), 1.0 - base**exponent)
+    # Below 1/2 the plain power cancels nothing, and has the right derivative down to 0, which exp(t log b) has not.
+    cancels = base > 0.5
+    log_base = torch.log(torch.where(cancels, base, 0.75))
+    return torch.where(cancels, -torch.expm1(exponent * log_base), 1.0 - base**exponent)
 
 
 def rectification(beta2: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,15 @@ class TestOneMinusPower:
             relative = (4 + step * -math.log(beta)) * EPS
             assert abs(slope.item() - expected) <= relative * abs(expected) + 4 * EPS * step / beta, step
 
+    @pytest.mark.parametrize("beta", [1e-300, 1e-17, 1e-9, 1e-3, 0.4, 0.5])
+    def test_below_one_half_its_derivative_is_right_to_a_few_units_in_the_last_place(self, beta: float) -> None:
+        """expm1 + 1 would have lost it: at 1e-17 and step 1 it is 0 in place of beta."""
+        for step in (1, 2, 3):
+            b = scalar(beta).requires_grad_()
+            (slope,) = torch.autograd.grad(one_minus_power(b, torch.tensor(step)), b)
+            expected = float(-step * Fraction(beta) ** (step - 1))
+            assert abs(slope.item() - expected) <= 4 * EPS * abs(expected), step
+
     @pytest.mark.parametrize("step", [1, 2, 3, 10])
     def test_at_beta_0_it_is_1_with_the_polynomials_derivatives(self, step: int) -> None:
         b = torch.zeros((), dtype=F64, requires_grad=True)

@@ -23,3 +23,6 @@ class Rate(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         return {"lr": self.lr}
+
+    def numbers(self) -> dict[str, float]:
+        return {"lr": self.lr.item()}

@@ -46,11 +46,15 @@ class Tracked:
 ConfigT = TypeVar("ConfigT", bound=Tracked)
 
 
-class Part(TypedDict):
+class Part(TypedDict, total=False):
     """Keyword arguments of `metaopt.meta_train`."""
 
     checkpoint: Path
     tracker: Run
+
+
+# Neither tracked nor saved.
+ALONE = Part()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ def session(config: Tracked, name: str, group: str | None = None) -> Iterator[Se
         group: of runs, in wandb.
     """
     folder = config.out
-    checkpoints = Path(os.environ.get(_TRIAL) or folder / "checkpoints")
+    trial = os.environ.get(_TRIAL)
+    checkpoints = Path(trial) / name if trial else folder / "checkpoints"
     record = folder / "record.jsonl"
     if not (config.resume or _TRIAL in os.environ or int(os.environ.get(_RESTARTS, "0"))):
         shutil.rmtree(checkpoints, ignore_errors=True)

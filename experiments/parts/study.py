@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+from experiments.parts.session import Session, Tracked, options, session
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,30 @@ class Study:
     """A published result, and the function that reproduces it.
 
     Attributes:
-        name: of its module in ``experiments``, and of its folder in ``runs``.
+        name: of its module in ``experiments``, and of its folder in ``runs/papers``.
         title: for the table.
         source: authors, venue, year.
-        run: prints nothing, saves its figure and returns what it found.
+        run: takes a configuration and a session; prints nothing, saves its figure and returns what it found.
         config: makes the default configuration; the fields of its dataclass are the command line's options.
     """
 
     name: str
     title: str
     source: str
-    run: Callable[[Any], list[Finding]]
-    config: type
+    run: Callable[[Any, Session], list[Finding]]
+    config: type[Tracked]
+
+    def findings(self, config: Tracked) -> list[Finding]:
+        """Run it in a session of its own."""
+        with session(config, self.name, group="papers") as run:
+            found = self.run(config, run)
+            run.tracker.artifact("findings", {"findings": [asdict(finding) for finding in found]})
+        return found
 
     def command_line(self) -> None:
         """Run it with options from the command line, and print the table."""
-        config: Any = tyro.cli(self.config, description=f"{self.title} ({self.source})")
-        Console().print(findings_table({self: self.run(config)}))
+        config = options(self.config, f"{self.title} ({self.source})")
+        Console().print(findings_table({self: self.findings(config)}))
 
 
 def findings_table(found: dict[Study, list[Finding]]) -> Table:

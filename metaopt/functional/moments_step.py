@@ -80,15 +80,16 @@ def composed(i: Inputs, root: Callable[[Tensor], Tensor] = safe_sqrt) -> Result:
     """The step in torch's operations, with a square root that can be differentiated at 0."""
     param, h = i.param, _ascent(i)
     exp_avg = i.beta1 * i.exp_avg + i.weight1 * h
-    # torch's order of products, which overflows where torch does and not earlier.
+    # torch's order of products, which overflows where torch does and not earlier; so do the derivatives below.
     exp_avg_sq = i.beta2 * i.exp_avg_sq + (i.weight2 * h) * h
-    denominator = _denominator(i, root(exp_avg_sq))
-    direction = exp_avg / denominator
+    # Here too: a small step size first, and then a small denominator.
+    plain = i.step_size * exp_avg
+    change = plain / _denominator(i, root(exp_avg_sq))
     if i.rectified is not None:
-        direction = torch.where(i.rectified, direction, exp_avg)
+        change = torch.where(i.rectified, change, plain)
     if i.shrink is not None:
         param = i.shrink * param
-    return param - i.step_size * direction, exp_avg, exp_avg_sq
+    return param - change, exp_avg, exp_avg_sq
 
 
 def _ascent(i: Inputs) -> Tensor:
@@ -181,7 +182,7 @@ class _Step(torch.autograd.Function):
             beta1=summed("beta1", to_m, i.exp_avg),
             weight1=summed("weight1", to_m, h),
             beta2=summed("beta2", to_v, i.exp_avg_sq),
-            weight2=summed("weight2", to_v, h * h) if wanted["weight2"] else None,
+            weight2=summed("weight2", to_v * h, h) if wanted["weight2"] else None,
             step_size=summed("step_size", -to_p, direction) if wanted["step_size"] else None,
             eps=torch.zeros_like(i.eps) if to_eps is None else summed("eps", to_eps),
             root_correction=None if to_k is None else summed("root_correction", to_k),
@@ -204,7 +205,9 @@ class _Step(torch.autograd.Function):
         to_m = _sum(_product(i.beta1, d.exp_avg, d.beta1, i.exp_avg), _product(i.weight1, to_h, d.weight1, h))
         to_v = _sum(
             _product(i.beta2, d.exp_avg_sq, d.beta2, i.exp_avg_sq),
-            _product(i.weight2, None if to_h is None else 2.0 * h * to_h, d.weight2, h * h),
+            _product(
+                i.weight2 * h, None if to_h is None else 2.0 * to_h, None if d.weight2 is None else d.weight2 * h, h
+            ),
         )
         root = _root(exp_avg_sq)
         denominator = _denominator(i, root)

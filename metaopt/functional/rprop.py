@@ -56,7 +56,9 @@ class Rprop(Elementwise[RpropState]):
         return torch.zeros_like(param), torch.zeros_like(param) + lr.to(param.dtype)
 
     def coefficients(self, once: Once, step: Tensor, *values: Tensor) -> _Coefficients:
-        return _Coefficients(*values[1:])
+        _, eta_minus, eta_plus, smallest, largest = values
+        # An infinite factor is allowed, and leads to the largest step size; but it is also multiplied by 0.
+        return _Coefficients(eta_minus, eta_plus.clamp(max=torch.finfo(torch.float32).max), smallest, largest)
 
     def update(self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], c: Any) -> tuple[Tensor, ...]:
         ascent = -grad if self.flags["maximize"] else grad

@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from signal import Signals
 from time import perf_counter
 from typing import Any, Literal
@@ -23,7 +23,6 @@ from torch import Generator, nn
 
 from metaopt.checks import check_count
 from metaopt.functional import Optimizer
-from metaopt.hyper import Hyperparameters
 from metaopt.memory import resident
 from metaopt.metagrad import Estimator
 from metaopt.tasks import Task, TaskBatch
@@ -65,7 +64,8 @@ def meta_train(
     Args:
         task: what is learned on; a `metaopt.tasks.TaskBatch` draws new tasks for every meta-gradient.
         opt: the inner optimizer.
-        hyper: a module whose call returns a mapping of values, such as `metaopt.Hyperparameters`.
+        hyper: a module whose call returns a mapping of values, such as `metaopt.Hyperparameters`; one that has a method
+            ``numbers()``, as that has, gets its values into the history.
         estimator: of the meta-gradient, such as `metaopt.metagrad.Unrolled`.
         meta_optimizer: any ``torch.optim`` optimizer over ``hyper.parameters()``.
         steps: meta-steps in all, those of the run that a checkpoint continues included; >= 1.
@@ -181,8 +181,8 @@ class _Loop:
                 if due or step + 1 == self._steps:
                     with _only_warned(shown=ranks.first):
                         saver.save(step + 1)
-        if isinstance(parts.hyper, Hyperparameters):
-            self._tracker.artifact("hyperparameters", parts.hyper.numbers())
+        if (numbers := _numbers(parts.hyper)) is not None:
+            self._tracker.artifact("hyperparameters", numbers)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One meta-step, and its record."""
@@ -199,8 +199,8 @@ class _Loop:
             "grad_norm": float(torch.nn.utils.get_total_norm(list(grads.values()))),
             "grad_norms": norms,
         }
-        if isinstance(hyper, Hyperparameters):
-            record["hyper"] = hyper.numbers()
+        if (numbers := _numbers(hyper)) is not None:
+            record["hyper"] = numbers
         trouble = not_finite(hyper, loss)
         if trouble is None:
             record["grad_snr"] = parts.signal.update(grads)
@@ -260,6 +260,12 @@ class _Loop:
         for length in sorted({len(schedule) for schedule in learned.values()}):
             columns = {name: schedule for name, schedule in learned.items() if len(schedule) == length}
             self._tracker.curves("schedule", {"inner_step": range(length), **columns}, step)
+
+
+def _numbers(hyper: nn.Module) -> dict[str, Any] | None:
+    """Of `metaopt.Hyperparameters`, or of another module that can tell them."""
+    numbers: Callable[[], dict[str, Any]] | None = getattr(hyper, "numbers", None)
+    return None if numbers is None else numbers()
 
 
 def _memory() -> dict[str, float]:

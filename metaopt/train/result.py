@@ -34,7 +34,7 @@ class MetaTrainResult:
             - ``meta_loss``;
             - ``grad_norm``: of the meta-gradient, in unconstrained coordinates; ``grad_norms``: of each parameter of
               ``hyper``; ``grad_snr``: of each, its signal-to-noise over the last ten meta-steps or so;
-            - ``hyper``, for `metaopt.Hyperparameters`: its numbers;
+            - ``hyper``: the numbers of a `metaopt.Hyperparameters`, or of another module that has ``numbers()``;
             - ``seconds``, and ``memory_mib``, of the process and of its GPU;
             - ``skipped``, if that is what was done: the meta-gradient was not finite;
             - now and then, with a tracker: ``train``, ``validation`` and ``test`` figures at the end of an unroll.

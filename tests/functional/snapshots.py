@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 
@@ -19,4 +19,4 @@ def untouched(*trees: Any) -> Iterator[None]:
     yield
     for x, (version, value) in zip(tensors, before, strict=True):
         assert x._version == version
-        assert torch.equal(x.detach(), value)
+        assert_close(x.detach(), value, rtol=0, atol=0, equal_nan=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from metaopt.functional import REGISTRY, radam
+from metaopt.functional import REGISTRY, adam, radam, rprop
 from tests.functional.cases import CASES, F64, FIRST_CASES, PEERS, Case, Problem, pack, train, train_torch
 
 exactly = functools.partial(assert_close, rtol=0, atol=0, equal_nan=False)
@@ -197,6 +197,38 @@ def test_extreme_gradients_are_treated_as_by_torch(case: Case, dtype: torch.dtyp
         close({field: getattr(state, field) for field in kept}, kept)
         # With beta2 = 0 the square itself is stored, and torch's overflows too.
         assert bool(live.isfinite().all()) or case.elements["betas[1]"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 4099], ids=["operations", "kernel"])
+def test_a_tiny_step_size_over_a_tiny_denominator_does_not_overflow(size: int) -> None:
+    """At beta2 = eps = 0 the first moment is 1e40 times the root of the second; torch multiplies by lr first."""
+    options = {"lr": 1e-12, "betas": (0.9, 0.0), "eps": 0.0}
+    params = live = torch.zeros(size)
+    live = live.clone()
+    opt, optimizer = adam(**options), torch.optim.Adam([live], **options, foreach=False)
+    state = opt.init(params)
+    for value in (1e19, 1e-22):
+        live.grad = torch.full((size,), value)
+        params, state = opt.step(params, live.grad, state)
+        optimizer.step()
+    assert_close(params, live, rtol=1e-6, atol=0)
+    assert bool((live < -1e28).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, F64])
+def test_an_infinite_eta_leads_to_the_largest_step_size_at_once(dtype: torch.dtype) -> None:
+    """And is multiplied by 0 for an element that keeps its step size, or shrinks it."""
+    params = live = torch.zeros(3, dtype=dtype)
+    live = live.clone()
+    options = {"lr": 0.25, "etas": (0.5, float("inf"))}
+    opt, optimizer = rprop(**options), torch.optim.Rprop([live], **options, foreach=False)
+    state = opt.init(params)
+    for grad in ([1.0, 1.0, 0.0], [1.0, -1.0, 0.0]):
+        live.grad = torch.tensor(grad, dtype=dtype)
+        params, state = opt.step(params, live.grad, state)
+        optimizer.step()
+    exactly(params, live)
+    assert state.step_size.tolist() == [50.0, 0.125, 0.25]
 
 
 def rectified_exactly(beta2: float, step: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from metaopt.functional import radam
 from tests.functional.cases import CASES, F64, FIRST_CASES, Case, Problem, pack, train, train_torch
 from tests.functional.differences import Difference, derivative
 
@@ -216,6 +217,18 @@ def test_equal_bounds_of_a_step_size_have_one_sided_derivatives(case: Case, prob
     rising = derivative(lambda b: torch_loss(case, problem, {"step_sizes": (bound, b)}), bound, lowest=bound)
     assert_equals_difference(low, Difference(-sinking.value, sinking.error))
     assert_equals_difference(high, rising)
+
+
+@pytest.mark.parametrize("size", [1, 4099], ids=["operations", "kernel"])
+def test_a_square_that_overflows_before_its_weight_is_no_nan(size: int) -> None:
+    """(1 - beta2) g^2 is a float32 number and g^2 is not; nor does a step that is not rectified depend on either."""
+    beta2 = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    opt = radam(betas=(0.9, beta2))
+    params = torch.zeros(size)
+    state = opt.init(params)
+    params, state = opt.step(params, torch.full((size,), 2e19), state)
+    assert bool(state.exp_avg_sq.isfinite().all())
+    assert torch.autograd.grad(params.sum(), beta2)[0] == 0
 
 
 def discontinuous(case: Case, problem: Problem, momentum: Tensor, lr: Tensor | None = None) -> Tensor:

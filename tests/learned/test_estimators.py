@@ -148,6 +148,7 @@ def test_compiled_estimators_agree_with_eager_ones(
     torch.testing.assert_close(gradient(COMPILED[mode](compile=True), Problem(), opt), expected)
 
 
+@pytest.mark.long  # ten seconds of a compiler
 def test_generated_code_gives_the_eager_gradient_in_single_precision() -> None:
     opt = big_steps(MLPOptimizer, torch.float32)
     tasks, estimator = TaskBatch(RandomQuadratics(4), 3), functools.partial(Unrolled, 4, "mean")

@@ -8,13 +8,13 @@ from torch import nn
 from torch.distributions import constraints
 
 import metaopt
-from experiments.hyper_cleaning import Config, SoftmaxRegression, f1, load, run
+from experiments.hyper_cleaning import STUDY, Config, SoftmaxRegression, f1, load
 from metaopt.metagrad import Implicit, Unrolled
 from metaopt.tasks import load_digits
 
 
 def test_wrong_labels_are_flagged_and_training_without_them_nears_the_oracle_by_both_estimators(tmp_path):
-    findings = run(Config(quick=True, out=tmp_path))
+    findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 4
     assert all(finding.holds for finding in findings), findings
     assert "implicit" in (tmp_path / "hyper_cleaning.svg").read_text()

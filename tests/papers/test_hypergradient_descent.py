@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from experiments.hypergradient_descent import METHODS, Config, descend, run
+from experiments.hypergradient_descent import METHODS, STUDY, Config, descend
 from metaopt.tasks import Digits
 
 
 def test_a_poor_learning_rate_reaches_nearly_the_loss_of_the_tuned_one(tmp_path):
-    findings = run(Config(quick=True, out=tmp_path))
+    findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 2
     assert all(finding.holds for finding in findings), findings
     assert "Adam-HD" in (tmp_path / "hypergradient_descent.svg").read_text()

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import metaopt
-from experiments.lr_schedules import SGD, TASK, Config, learn, network, ratio, run
+from experiments.lr_schedules import SGD, STUDY, TASK, Config, learn, network, ratio
 from metaopt import Schedule
 from metaopt.unroll import InnerStep
 
 
 def test_learning_rates_of_all_weights_fall_in_the_last_ten_steps(tmp_path):
-    findings = run(Config(quick=True, out=tmp_path))
+    findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 6
     assert all(finding.holds is not False for finding in findings), findings
     assert [finding.holds for finding in findings].count(True) == 4

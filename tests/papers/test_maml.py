@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import metaopt
-from experiments.maml import Config, run, score
+from experiments.maml import STUDY, Config, score
 from experiments.parts.learned_start import FromStart, Start
 from metaopt.tasks import Sinusoids, Tasks
 
@@ -70,7 +70,7 @@ def test_score_is_the_mean_error_after_one_step_over_the_waves():
 
 
 def test_both_learn_and_meta_sgd_learns_faster(tmp_path):
-    findings = run(Config(quick=True, out=tmp_path, test_tasks=500))
+    findings = STUDY.findings(Config(quick=True, out=tmp_path, test_tasks=500))
     assert len(findings) == 3
     assert all(finding.holds for finding in findings), findings
     assert "Meta-SGD" in (tmp_path / "maml.svg").read_text()

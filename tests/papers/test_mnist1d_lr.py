@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.mnist1d_lr import Config, descend, run
+from experiments.mnist1d_lr import STUDY, Config, descend
 from metaopt.tasks import load_mnist1d
 
 
 def test_learning_rate_ends_near_the_published_one_from_either_side(tmp_path):
-    findings = run(Config(quick=True, out=tmp_path))
+    findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 3
     assert all(finding.holds for finding in findings), findings
     assert "published: 0.62" in (tmp_path / "mnist1d_lr.svg").read_text()

@@ -8,17 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.pes_toy import STEPS, Config, LinearInTime, Toy, learn, total
+from experiments.pes_toy import STEPS, Config, Toy, learn, total
 
 
 def test_the_start_is_that_of_the_study() -> None:
-    assert total(LinearInTime()) == pytest.approx(2423.5, abs=0.1)
+    assert total([0.0, 0.0]) == pytest.approx(2423.5, abs=0.1)
 
 
 def test_training_with_the_schedule_is_gradient_descent_by_hand() -> None:
-    hyper = LinearInTime()
-    with torch.no_grad():
-        hyper.ends.copy_(torch.tensor([-1.0, 0.5]))
     x = torch.ones(2, requires_grad=True)
     summed = 0.0
     for t in range(STEPS):
@@ -27,7 +24,7 @@ def test_training_with_the_schedule_is_gradient_descent_by_hand() -> None:
         x = (x - lr * slope).detach().requires_grad_()
         value = torch.sqrt(x[0] ** 2 + 5) - math.sqrt(5) + torch.sin(x[1]) ** 2 * torch.exp(-5 * x[0] ** 2)
         summed += (value + 0.25 * torch.abs(x[1] - 100)).item()
-    assert total(hyper) == pytest.approx(summed, rel=1e-4)
+    assert total([-1.0, 0.5]) == pytest.approx(summed, rel=1e-4)
 
 
 def test_pes_leaves_the_hill_and_short_windows_do_not() -> None:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import metaopt
-from experiments.rprop_encoder import Config, Encoder, epochs_needed, run
+from experiments.rprop_encoder import STUDY, Config, Encoder, epochs_needed
 
 
 def test_rprop_needs_about_25_epochs_and_backpropagation_more_than_three_times_as_many(tmp_path):
-    findings = run(Config(quick=True, out=tmp_path, epochs=250))
+    findings = STUDY.findings(Config(quick=True, out=tmp_path, epochs=250))
     assert len(findings) == 4
     assert all(finding.holds for finding in findings), findings
     assert "Rprop" in (tmp_path / "rprop_encoder.svg").read_text()

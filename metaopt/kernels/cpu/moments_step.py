@@ -22,7 +22,7 @@ def forward(i: Any, new: Any, each: bool, size: int, one: Any, begin: int, end: 
     step_size, shrink = c[STEP_SIZE], c[SHRINK]
     if not each:
         fill(c, i, each, 0, TILE)
-    h, root, d, direction = scratch(4, i, one)
+    h, root, d, plain, change = scratch(5, i, one)
     flags = deciding(i, each)
     stop = min(end * block, size)
     for start in range(begin * block, stop, TILE):
@@ -34,17 +34,19 @@ def forward(i: Any, new: Any, each: bool, size: int, one: Any, begin: int, end: 
         new_v = array_at(new[2], start, count, one)
         moments(i, c, start, count, h, new_m, new_v)
         denominator(i, c, count, new_v, root, d)
+        for k in range(count):  # torch's order: a small step size first, and then a small denominator
+            plain[k] = step_size[k] * new_m[k]
         for k in range(count):
-            direction[k] = new_m[k] / d[k]
+            change[k] = plain[k] / d[k]
         if flags:
-            select(flags, each, start, count, direction, new_m)
+            select(flags, each, start, count, change, plain)
         p = array_at(i[PARAM], start, count, one)
         if i[SHRINK]:
             for k in range(count):
-                new_p[k] = shrink[k] * p[k] - step_size[k] * direction[k]
+                new_p[k] = shrink[k] * p[k] - change[k]
         else:
             for k in range(count):
-                new_p[k] = p[k] - step_size[k] * direction[k]
+                new_p[k] = p[k] - change[k]
 
 
 @compiled
@@ -144,8 +146,8 @@ def backward(
             collect(BETA2, to_v, array_at(i[EXP_AVG_SQ], start, count, one), to, sums, each, start, count)
         if to[WEIGHT2]:
             for k in range(count):
-                other[k] = h[k] * h[k]
-            collect(WEIGHT2, to_v, other, to, sums, each, start, count)
+                other[k] = to_v[k] * h[k]
+            collect(WEIGHT2, other, h, to, sums, each, start, count)
         if to[STEP_SIZE]:
             for k in range(count):
                 other[k] = -to_p[k]

@@ -38,12 +38,14 @@ def step(i, new, offset, live, MAXIMIZE: tl.constexpr, EACH: tl.constexpr):
     """Elements of the new parameter and moments."""
     p = read(i.param, offset, live)
     _, new_m, new_v = moments(i, p, offset, live, MAXIMIZE, EACH)
-    direction = divide(new_m, denominator(i, root(new_v), offset, live, EACH))
+    # torch's order here too: a small step size first, and then a small denominator.
+    plain = coefficient(i.step_size, p, offset, live, EACH) * new_m
+    change = divide(plain, denominator(i, root(new_v), offset, live, EACH))
     if i.rectified is not None:
-        direction = tl.where(chosen(i.rectified, offset, live, EACH), direction, new_m)
+        change = tl.where(chosen(i.rectified, offset, live, EACH), change, plain)
     if i.shrink is not None:
         p = coefficient(i.shrink, p, offset, live, EACH) * p
-    write(new[0], p - coefficient(i.step_size, p, offset, live, EACH) * direction, offset, live)
+    write(new[0], p - change, offset, live)
     write(new[1], new_m, offset, live)
     write(new[2], new_v, offset, live)
 
@@ -99,7 +101,7 @@ def pull_back(i, cotangents, to, offset, live, MAXIMIZE: tl.constexpr, EACH: tl.
     collect(to.beta1, to_m * m, offset, live, EACH)
     collect(to.weight1, to_m * h, offset, live, EACH)
     collect(to.beta2, to_v * v, offset, live, EACH)
-    collect(to.weight2, to_v * (h * h), offset, live, EACH)
+    collect(to.weight2, (to_v * h) * h, offset, live, EACH)
     collect(to.step_size, -to_p * direction, offset, live, EACH)
     collect(to.eps, to_eps, offset, live, EACH)
 
