@@ -2,6 +2,7 @@
 
     python -m experiments.learned_optimizer                         # meta-trains the MLP: some twelve minutes
     python -m experiments.learned_optimizer --design lstm
+    torchrun --standalone --nproc-per-node 4 -m experiments.learned_optimizer --replicas 8
     python -m experiments.learned_optimizer --shipped mlp-mnist1d   # only compares the weights that come with metaopt
 
 It is compared with SGD, Adam, RAdam and Rprop, each at the best of 15 learning rates, on held-out seeds: on the task
@@ -27,11 +28,12 @@ from torch import nn
 
 import metaopt
 from experiments.parts.meta_optimizer import annealed_adam
+from experiments.parts.processes import processes
 from experiments.parts.session import ALONE, Session, Tracked, options, session
 from experiments.parts.study import save_figure
 from experiments.parts.tuning import HAND_DESIGNED, Trained, judged, tuned
 from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
-from metaopt.metagrad import PES, Estimator, Unrolled
+from metaopt.metagrad import PES, Estimator, Ranks, Unrolled
 from metaopt.tasks import MNIST1D, Classification, Replicas, load_digits
 
 # Scales with which an untrained step is small beside the weights of a network, and a trained one need not be.
@@ -176,20 +178,24 @@ def main(config: Config) -> dict[str, list[Trained]]:
     torch.set_num_threads(1)
     console = Console()
     started = perf_counter()
+    first = Ranks().first  # of the processes that learn together: it alone compares
     # The others are tuned in a second process while this one learns.
     with session(config, "learned_optimizer") as run, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         others = {
             scenario: [pool.submit(hand_designed, config, scenario, name) for name in HAND_DESIGNED]
-            for scenario in scenarios(config)
+            for scenario in (scenarios(config) if first else ())
         }
         if config.shipped is None:
             torch.manual_seed(config.seed)
             learned = DESIGNS[config.design]()
             meta_train(config, learned, console, run)
-            path = metaopt.learned.save(learned, config.out / f"{config.design}.safetensors")
-            console.print(f"meta-training: {perf_counter() - started:.0f} s; weights in {path}")
+            if first:
+                path = metaopt.learned.save(learned, config.out / f"{config.design}.safetensors")
+                console.print(f"meta-training: {perf_counter() - started:.0f} s; weights in {path}")
         else:
             learned = metaopt.learned.load(config.shipped)
+        if not first:
+            return {}
         found = {}
         for scenario, (task, steps) in scenarios(config).items():
             own = judged(task, learned, f"learned, {learned.architecture}", None, steps, config.seeds)
@@ -205,4 +211,5 @@ def main(config: Config) -> dict[str, list[Trained]]:
 
 
 if __name__ == "__main__":
-    main(options(Config, __doc__))
+    with processes():
+        main(options(Config, __doc__))

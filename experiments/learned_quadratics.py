@@ -128,7 +128,9 @@ def _beside(learned: float, adam: float, start: float | None = None) -> str:
     return f"{before}{learned:.3f}; Adam at its best rate {adam:.3f}"
 
 
-STUDY = Study("learned_quadratics", "Learned optimizer on quadratics", "Andrychowicz et al., NeurIPS 2016", run, Config)
+STUDY = Study(
+    "learned_quadratics", "Learned optimizer on quadratics", "Andrychowicz et al., NeurIPS 2016", run, Config, shared=True
+)
 
 if __name__ == "__main__":
     STUDY.command_line()

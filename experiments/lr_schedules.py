@@ -173,6 +173,7 @@ STUDY = Study(
     source="Maclaurin et al., ICML 2015; MNIST-1D as a stand-in",
     run=run,
     config=Config,
+    shared=True,
 )
 
 if __name__ == "__main__":

@@ -191,6 +191,7 @@ STUDY = Study(
     source="Finn et al., ICML 2017; Li et al. 2017",
     run=run,
     config=Config,
+    shared=True,
 )
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 torchrun --standalone --nproc-per-node 4 -m experiments.learned_quadratics
 
-`metaopt.meta_train` shares the runs among them. All the rest every process does for itself, and the first alone prints
-and saves.
+`metaopt.meta_train` shares the runs among them. All the rest every process does for itself, and the first alone tracks,
+prints and saves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -34,12 +34,14 @@ def processes() -> Iterator[Ranks]:
     store, rank, count = next(rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    yield Ranks()
+    ranks = Ranks()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
+        yield ranks
     dist.destroy_process_group()  # not after an error: others may be waiting in the group, and torchrun ends them
 
 
 def refuse_several(name: str) -> None:
-    """End a program that torchrun has started more than once, and that has nothing to share."""
-    count = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
-    if count > 1:
-        sys.exit(f"{name} has no runs that {count} processes could share: start it without torchrun")
+    """End a program that torchrun has started more than once, and that would do all of its work as often."""
+    count = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    if count > 1 and not dist.is_initialized():
+        sys.exit(f"{name} has nothing that {count} processes could share: start it without torchrun")

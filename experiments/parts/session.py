@@ -24,8 +24,10 @@ from typing import Any, Literal, TypedDict, TypeVar
 import tyro
 import yaml
 
+from experiments.parts.processes import refuse_several
 from metaopt import tracking
-from metaopt.tracking import Run
+from metaopt.metagrad import Ranks
+from metaopt.tracking import Nothing, Run
 
 # A sweep's engine gives each trial a folder of its own, and torchrun counts how often it has restarted the processes.
 _TRIAL, _RESTARTS = "METAOPT_CHECKPOINT", "TORCHELASTIC_RESTART_COUNT"
@@ -81,7 +83,7 @@ class Session:
 
 @contextmanager
 def session(config: Tracked, name: str, group: str | None = None) -> Iterator[Session]:
-    """Track an experiment, and keep its checkpoints.
+    """Track an experiment, and keep its checkpoints; of several `processes` the first does.
 
     Args:
         config: written to config.yaml as it was resolved, and shown by wandb.
@@ -91,6 +93,10 @@ def session(config: Tracked, name: str, group: str | None = None) -> Iterator[Se
     folder = config.out
     trial = os.environ.get(_TRIAL)
     checkpoints = Path(trial) / name if trial else folder / "checkpoints"
+    refuse_several(name)
+    if not Ranks().first:
+        yield Session(folder, Nothing(), checkpoints)
+        return
     record = folder / "record.jsonl"
     if not (config.resume or _TRIAL in os.environ or int(os.environ.get(_RESTARTS, "0"))):
         shutil.rmtree(checkpoints, ignore_errors=True)

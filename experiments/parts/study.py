@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from experiments.parts.processes import processes, refuse_several
 from experiments.parts.session import Session, Tracked, options, session
+from metaopt.metagrad import Ranks
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Study:
         source: authors, venue, year.
         run: takes a configuration and a session; prints nothing, saves its figure and returns what it found.
         config: makes the default configuration; the fields of its dataclass are the command line's options.
+        shared: whether all that it learns is learned on several runs, which processes of torchrun can share.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Study:
     source: str
     run: Callable[[Any, Session], list[Finding]]
     config: type[Tracked]
+    shared: bool = False
 
     def findings(self, config: Tracked) -> list[Finding]:
         """Run it in a session of its own."""
@@ -60,7 +64,10 @@ class Study:
     def command_line(self) -> None:
         """Run it with options from the command line, and print the table."""
         config = options(self.config, f"{self.title} ({self.source})")
-        Console().print(findings_table({self: self.findings(config)}))
+        if not self.shared:
+            refuse_several(self.name)
+        with processes():
+            Console().print(findings_table({self: self.findings(config)}))
 
 
 def findings_table(found: dict[Study, list[Finding]]) -> Table:
@@ -90,7 +97,9 @@ def _mark(holds: bool | None) -> str:
 
 
 def save_figure(path: Path, draw: Callable[[Figure], Iterable[object] | None], size: tuple[float, float]) -> None:
-    """Draw a figure in the style of all studies, and save it."""
+    """Draw a figure in the style of all studies, and save it; of several processes the first does."""
+    if not Ranks().first:
+        return
     with rc_context({"font.size": 9, "axes.titlesize": "medium", "legend.fontsize": "small", "svg.fonttype": "none"}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
