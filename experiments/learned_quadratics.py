@@ -129,7 +129,12 @@ def _beside(learned: float, adam: float, start: float | None = None) -> str:
 
 
 STUDY = Study(
-    "learned_quadratics", "Learned optimizer on quadratics", "Andrychowicz et al., NeurIPS 2016", run, Config, shared=True
+    "learned_quadratics",
+    "Learned optimizer on quadratics",
+    "Andrychowicz et al., NeurIPS 2016",
+    run,
+    Config,
+    shared=True,
 )
 
 if __name__ == "__main__":
