@@ -32,7 +32,8 @@ def processes() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     # Restarted processes meet in the store of those before them, where torch 2.13 takes old addresses for theirs.
     store, rank, count = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    prefix = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     ranks = Ranks()
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):

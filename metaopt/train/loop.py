@@ -61,6 +61,11 @@ def meta_train(
 ) -> MetaTrainResult:
     """Learn ``hyper`` by gradient descent on the meta-loss.
 
+    Where ``torch.distributed`` is initialized, its processes share the runs of the task, or the pairs of `ES` and its
+    kind; see `metaopt.metagrad.Ranks`. All of them call this with the same arguments, return the same, stop after the
+    same meta-step, and begin with the hyperparameters and the randomness of the first, which alone tracks, prints and
+    writes checkpoints. A checkpoint may be resumed by another number of processes.
+
     Args:
         task: what is learned on; a `metaopt.tasks.TaskBatch` draws new tasks for every meta-gradient.
         opt: the inner optimizer.
@@ -87,7 +92,8 @@ def meta_train(
 
     Raises:
         ValueError: ``steps`` below 1, an unknown ``on_nonfinite``, a meta-optimizer that holds none of hyper's
-            parameters, a learned value on which the meta-loss does not depend.
+            parameters, a learned value on which the meta-loss does not depend, fewer runs or pairs than processes.
+        TypeError: a single task, which several processes cannot share.
         metaopt.train.CheckpointError: the folder is in use, cannot be written to, holds another run or more steps, or
             has no readable checkpoint left.
         metaopt.train.NonFiniteError: see ``on_nonfinite``; also after ten skipped meta-steps in a row.

@@ -170,7 +170,8 @@ def main(folder: str, steps: int) -> None:
     with processes() as ranks:
         record = JSONL(f"{folder}.jsonl")
         train("pes", "family", steps=steps, folder=Path(folder), tracker=record, hook=die, progress=True)
-        print(f"rank {ranks.rank} of {ranks.count} has finished, restart {restarts}", flush=True)
+        number = ("first", "second")[ranks.rank]
+        print(f"the {number} of {ranks.count} has finished, restart {restarts}", flush=True)
 
 
 if __name__ == "__main__":
