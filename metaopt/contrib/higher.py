@@ -105,7 +105,10 @@ class FunctionalOptimizer(higher.optim.DifferentiableOptimizer):
         # As in torch, a parameter's state begins, with the lr that Rprop has then, at its first gradient.
         fresh = opt.init({i: p for i, p in params.items() if not states.get(i)}, **values)
         state = opt.State(
-            *({i: states[i][field] if states.get(i) else part[i] for i in params} for field, part in fresh._asdict().items())
+            *(
+                {i: states[i][field] if states.get(i) else part[i] for i in params}
+                for field, part in fresh._asdict().items()
+            )
         )
         new_params, new_state = opt.step(params, given, state, **values)
         return new_params, {i: {field: part[i] for field, part in new_state._asdict().items()} for i in params}
