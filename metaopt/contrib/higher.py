@@ -130,13 +130,29 @@ def _with_flags(opt: Elementwise[Any], flags: tuple[tuple[str, bool], ...]) -> E
 
 
 class DifferentiableRAdam(FunctionalOptimizer):
-    """`torch.optim.RAdam` and `metaopt.optim.RAdam` in higher."""
+    """`torch.optim.RAdam` and `metaopt.optim.RAdam` in higher.
+
+    Example:
+        >>> model, x = torch.nn.Linear(2, 1), torch.ones(2)
+        >>> optimizer = torch.optim.RAdam(model.parameters())
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> with higher.innerloop_ctx(model, optimizer, override={"lr": [lr]}) as (fmodel, diffopt):
+        ...     for _ in range(3):
+        ...         _ = diffopt.step(fmodel(x).square().sum())
+        ...     (slope,) = torch.autograd.grad(fmodel(x).square().sum(), lr)
+        >>> bool(slope != 0)
+        True
+    """
 
     functional = functional.radam()
 
 
 class DifferentiableRprop(FunctionalOptimizer):
-    """`torch.optim.Rprop` and `metaopt.optim.Rprop` in higher."""
+    """`torch.optim.Rprop` and `metaopt.optim.Rprop` in higher.
+
+    Only a gradient's sign counts, so it is taken as a constant: what acts through gradients alone (a learned loss, a
+    ``grad_callback``) has no gradient, where higher's own class gives zeros.
+    """
 
     functional = functional.rprop()
 

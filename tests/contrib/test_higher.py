@@ -237,6 +237,20 @@ def test_it_equals_inner_loop(case: Case) -> None:
     assert_close((ours, slopes), (theirs, expected), rtol=1e-12, atol=1e-14)
 
 
+def test_a_callable_counts_the_steps_of_the_loop_as_in_inner_loop() -> None:
+    model, optimizer = warmed(CASES[0], 2)
+    rates = torch.linspace(0.02, 0.1, STEPS, dtype=F64).requires_grad_()
+    beta = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    hyper = {"lr": metaopt.Schedule.of(rates), "betas": (lambda step: beta * step, 0.9)}
+    override = {name: [value] for name, value in hyper.items()}
+    with higher.innerloop_ctx(model, optimizer, override=override) as (fmodel, diffopt):
+        theirs = torch.autograd.grad(unroll(CASES[0], fmodel, diffopt), [rates, beta])
+    with metaopt.inner_loop(model, optimizer, hyper) as (fmodel, fopt):
+        ours = torch.autograd.grad(unroll(CASES[0], fmodel, fopt), [rates, beta])
+    assert_close(theirs, ours, rtol=1e-12, atol=1e-14)
+    assert bool(theirs[0].all())
+
+
 def test_an_override_of_one_step_is_learned_by_itself() -> None:
     case = CASES[0]
     rates = [torch.tensor(0.05, dtype=F64, requires_grad=True) for _ in range(STEPS)]
