@@ -322,6 +322,17 @@ def test_without_higher_gradients_neither_parameters_nor_state_keep_a_graph(case
     assert not any(value.requires_grad for value in kept)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, metaopt.optim.Rprop])
+def test_an_rprop_unroll_keeps_no_graph_of_its_gradients(kind: Any) -> None:
+    model = Net()
+    case = Case(kind, RPROP)
+    learned = leaves(elements(case))
+    with higher.innerloop_ctx(model, case.optimizer(model), override=override_of(learned)) as (fmodel, diffopt):
+        unroll(case, fmodel, diffopt)
+    assert not any(state["prev"].requires_grad for states in diffopt.state for state in states.values())
+    assert all(state["step_size"].requires_grad for states in diffopt.state for state in states.values())
+
+
 @every_case
 def test_the_live_model_and_the_live_optimizer_are_untouched(case: Case) -> None:
     model, optimizer = warmed(case, 2)
