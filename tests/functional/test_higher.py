@@ -20,6 +20,12 @@ higher = pytest.importorskip("higher")
 STEPS = 8
 
 
+@pytest.fixture(autouse=True)
+def _highers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `metaopt.contrib.higher` has put in its place in this process."""
+    monkeypatch.setitem(higher.optim._opt_mapping, torch.optim.Rprop, higher.optim.DifferentiableRprop)
+
+
 @pytest.fixture
 def model() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).to(F64)

@@ -1,0 +1,1 @@
+"""Other people's libraries, one a module; each needs its own extra."""
