@@ -35,7 +35,8 @@ class Online(Resumable):
         compile: compile the step.
 
     Attributes:
-        params: where training is: the task's tree; None before the first call.
+        params: where training is: the task's tree, of this process's runs where several share them; None before the
+            first call.
 
     Raises:
         ValueError: ``steps`` below 1.
