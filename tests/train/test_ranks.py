@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -155,13 +157,21 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def shared(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
-    """What each process found, by their number; the last item is what they printed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return {
-        count: (*together(count, folder / f"{count}", lambda: all_together(folder / f"{count}")), folder / f"{count}")  # noqa: B023
-        for count in COUNTS
-    }
+def shared(alone: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each process found, by their number; the last items are what they printed, and their folder."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # pytest's own processes find it once for all
+    folder, kept = base / "ranks", base / "ranks.pickle"
+    with (base / "ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            folder.mkdir()
+            found = {}
+            for count in COUNTS:
+                own = folder / str(count)
+                found[count] = (*together(count, own, lambda own=own: all_together(own)), own)  # type: ignore[misc]
+            kept.write_bytes(pickle.dumps(found))
+    return pickle.loads(kept.read_bytes())
 
 
 def close(one: Any, other: Any) -> bool:
