@@ -28,6 +28,7 @@ import metaopt
 from experiments.parts import figure, table
 from experiments.parts.evaluation import Contender, Result, evaluate, read
 from experiments.parts.meta_optimizer import annealed_adam
+from experiments.parts.processes import processes
 from experiments.parts.running import Trial, random_search
 from experiments.parts.session import Session, Tracked, options, session
 from experiments.parts.space import RADAM, RPROP, Range, Space, draw, fill
@@ -157,8 +158,8 @@ def starts(config: Config, optimizer: str, names: list[str], space: str) -> dict
     return fill(ranges, make)
 
 
-def learn(config: Config, run: Session, optimizer: str, name: str, space: str) -> tuple[list[dict[str, Any]], Result]:
-    """Meta-train; the history, and what was learned judged."""
+def learn(config: Config, run: Session, optimizer: str, name: str, space: str) -> tuple[list[dict[str, Any]], Contender]:
+    """Meta-train; the history, and what was learned."""
     task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
     opt, names = make(), Tree(task.init(None)).names
     hyper = metaopt.Hyperparameters(opt, learn=starts(config, optimizer, names, space))
@@ -174,15 +175,19 @@ def learn(config: Config, run: Session, optimizer: str, name: str, space: str) -
         scheduler=annealing,
         **run.part(optimizer=optimizer, study=name),
     )
-    contender = Contender(name, hyper.numbers(), trainings=config.trainings)
-    return result.history, judge(config, optimizer, contender)
+    return result.history, Contender(name, hyper.numbers(), trainings=config.trainings)
 
 
 def main(config: Config) -> dict[str, list[Result]]:
     """Learn, search, evaluate; print the table, save the figure and the record."""
     torch.set_num_threads(1)
     started = perf_counter()
-    with session(config, "hyperopt") as run:
+    with processes() as ranks, session(config, "hyperopt") as run:
+        if not ranks.first:  # it shares in the learning alone
+            for optimizer in config.optimizers:
+                for name, space in LEARNED:
+                    learn(config, run, optimizer, name, space)
+            return {}
         results, histories = compared(config, run)
     print()
     console = Console()
@@ -213,8 +218,8 @@ def compared(
             histories[optimizer], learned[optimizer] = {}, []
             for name, space in LEARNED:
                 console.print(f"[bold]{optimizer}[/], {name}: through {config.steps} steps of training")
-                histories[optimizer][name], judged = learn(config, run, optimizer, name, space)
-                learned[optimizer].append(judged)
+                histories[optimizer][name], contender = learn(config, run, optimizer, name, space)
+                learned[optimizer].append(judge(config, optimizer, contender))
         console.print("waiting for the random searches")
         for optimizer in config.optimizers:
             found = [future.result() for future in searches[optimizer]]

@@ -75,7 +75,7 @@ class Worker:
         self._sweep, self._folder, self._timing = sweep, folder, timing
         self._study: optuna.Study
         self._taking = ExitStack()  # holds the lock while a trial is taken up
-        self._number: int | None = None
+        self._numbers: list[int] = []  # of the trials so far, the present one last
         self.stopping = False
 
     def stop(self, number: int, frame: FrameType | None) -> None:
@@ -103,7 +103,7 @@ class Worker:
 
     def _one(self) -> None:
         """Run one trial."""
-        self._number = None
+        before = len(self._numbers)
         try:
             self._study.optimize(self._objective, n_trials=1, catch=(Failed, Stopped))
         except UnboundLocalError as error:  # Optuna's own, after the database went away while it recorded the end
@@ -112,9 +112,9 @@ class Worker:
             raise
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             trials = self._study.get_trials(deepcopy=False)
-            if self._number is None or trials[self._number].state is not TrialState.FAIL:
+            if len(self._numbers) == before or trials[self._numbers[-1]].state is not TrialState.FAIL:
                 raise
-            say(f"trial {root(trials[self._number])} was given up by the others, as no sign of life reached them")
+            say(f"trial {root(trials[self._numbers[-1]])} was given up by the others, as no sign of life reached them")
 
     def _wait(self) -> None:
         end = time.monotonic() + self._timing.heartbeat
@@ -122,7 +122,7 @@ class Worker:
             time.sleep(0.1)
 
     def _objective(self, trial: optuna.Trial) -> float:
-        self._number = trial.number
+        self._numbers.append(trial.number)
         known = trial.user_attrs
         config = known.get("config")
         if config is None:
