@@ -158,7 +158,9 @@ def starts(config: Config, optimizer: str, names: list[str], space: str) -> dict
     return fill(ranges, make)
 
 
-def learn(config: Config, run: Session, optimizer: str, name: str, space: str) -> tuple[list[dict[str, Any]], Contender]:
+def learn(
+    config: Config, run: Session, optimizer: str, name: str, space: str
+) -> tuple[list[dict[str, Any]], Contender]:
     """Meta-train; the history, and what was learned."""
     task, (make, _) = TASKS[config.task](), OPTIMIZERS[optimizer]
     opt, names = make(), Tree(task.init(None)).names
