@@ -9,13 +9,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
+from metaopt.metagrad.evolution import Evolution
 from metaopt.metagrad.objective import Objective, check_objective
 from metaopt.metagrad.pairs import Pairs
 from metaopt.metagrad.perturbation import check_perturbation
 from metaopt.tasks import Task, TaskBatch
 
 
-class ES:
+class ES(Evolution):
     """Antithetic evolution strategies over the whole horizon.
 
     Estimates the gradient of ``E_e[L(hyper + e)]``, ``e ~ N(0, std^2)`` in hyper's unconstrained parameters, by
@@ -61,32 +62,10 @@ class ES:
     def __repr__(self) -> str:
         return f"ES(steps={self.steps}, std={self.std}, pairs={self.pairs}, objective={self.objective!r})"
 
-    def backward(
-        self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
-    ) -> Tensor:
-        """Accumulate the estimate into ``.grad`` of hyper's parameters, and return the mean loss of all particles.
-
-        Args:
-            task: what is learned on; a `metaopt.tasks.TaskBatch` draws new tasks for every pair.
-            opt: the inner optimizer.
-            hyper: a module whose call returns a mapping of values.
-            generator: for the perturbations and the task's randomness; None is torch's default generator.
-
-        Returns:
-            The estimate of the smoothed meta-loss, 0-d.
-        """
-        return self.backward_share(range(self.pairs), task, opt, hyper, generator)
-
     @torch.no_grad()
     def backward_share(
         self, rows: range, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
     ) -> Tensor:
-        """The same from some of the pairs alone, as one of several processes; it draws what all of them draw.
-
-        Args:
-            rows: which pairs.
-            task, opt, hyper, generator: as for `backward`.
-        """
         pairs = Pairs(
             task, opt, hyper, self.std, self.pairs, self.steps, self.objective, compile=self.compile, rows=rows
         )

@@ -5,20 +5,17 @@ estimator = metaopt.metagrad.PES(steps=1000, truncation=20, std=0.1, pairs=32)
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
+from metaopt.metagrad.evolution import Windowed
 from metaopt.metagrad.objective import Objective, check_objective, check_truncation
-from metaopt.metagrad.ongoing import Resumable
 from metaopt.metagrad.pairs import Pairs
 from metaopt.metagrad.perturbation import check_perturbation
 from metaopt.tasks import Task, TaskBatch
 
 
-class PES(Resumable):
+class PES(Windowed):
     """Persistent evolution strategies: one window of the unrolls a call, new perturbations in every window.
 
     A pair keeps its two unrolls between calls, and the sum ``xi`` of the perturbations that they have seen:
@@ -44,7 +41,7 @@ class PES(Resumable):
         ValueError: an argument outside its range.
 
     Example:
-        >>> import metaopt
+        >>> import torch, metaopt
         >>> task = metaopt.tasks.NoisyQuadratic(noise=0.0)
         >>> opt = metaopt.functional.sgd(lr=0.1)
         >>> hyper = metaopt.Hyperparameters(opt, learn=("lr",))
@@ -83,54 +80,15 @@ class PES(Resumable):
             f"objective={self.objective!r}{', stagger=True' if self.stagger else ''})"
         )
 
-    @property
-    def windows(self) -> int:
-        """How many calls go over the horizon."""
-        return math.ceil(self.steps / self.truncation)
-
-    def backward(
-        self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
-    ) -> Tensor:
-        """Accumulate a window's estimate into ``.grad`` of hyper's parameters, and return the window's loss.
-
-        Args:
-            task: what is learned on; a `metaopt.tasks.TaskBatch` draws new tasks for every unroll of a pair.
-            opt: the inner optimizer.
-            hyper: a module whose call returns a mapping of values.
-            generator: for the perturbations and the task's randomness; None is torch's default generator.
-
-        Returns:
-            The mean over particles of the window's part of the smoothed objective, 0-d.
-        """
-        return self.backward_share(range(self.pairs), task, opt, hyper, generator)
-
-    @torch.no_grad()
-    def backward_share(
-        self, rows: range, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
-    ) -> Tensor:
-        """The same from some of the pairs alone, as one of several processes; it draws what all of them draw.
-
-        Args:
-            rows: which pairs.
-            task, opt, hyper, generator: as for `backward`.
-        """
-        owners = (task, opt, hyper, rows)
-        run = self._going_on(
-            owners,
-            lambda: self._pairs(*owners),
-            lambda state: self._pairs(*owners).restored(state, generator),
-        )
-        self._run = None  # until the window is done: an exception on the way lets the next call begin new unrolls
-        run.renew(generator)
-        noise = run.perturbation.draw(generator)
-        losses = run.run(noise, self.truncation, generator)
-        run.perturbation.deliver(run.seen, losses)
-        self._run = run
-        return losses.mean()
-
-    def _pairs(self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, rows: range) -> Pairs:
+    def _begin(self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, rows: range) -> Pairs:
         windows = self.steps // self.truncation
         missing = [self.truncation * (index % windows) if self.stagger else 0 for index in range(self.pairs)]
         ends = [self.steps - cut for cut in missing]
         of = (task, opt, hyper, self.std, self.pairs, self.steps, self.objective)
         return Pairs(*of, compile=self.compile, ends=ends, rows=rows)
+
+    def _window(self, run: Pairs, generator: Generator | None) -> Tensor:
+        noise = run.perturbation.draw(generator)
+        losses = run.run(noise, self.truncation, generator)
+        run.perturbation.deliver(run.seen, losses)
+        return losses

@@ -8,9 +8,10 @@ The meta-gradient is the mean over all, summed in float64: 1, 2 and 4 processes 
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from metaopt.functional import Optimizer
 from metaopt.metagrad.estimator import Estimator
+from metaopt.metagrad.evolution import Evolution
 from metaopt.tasks import Runs, Task, TaskBatch
-from metaopt.tasks.share import share
+from metaopt.tasks.share import SomeRuns
 from metaopt.unroll.randomness import Snapshot
 
 T = TypeVar("T")
@@ -68,14 +70,14 @@ class Ranks:
         """
         if self.count == 1:
             return
-        if not _has_pairs(estimator) and not isinstance(task, Runs | TaskBatch):
+        if not isinstance(estimator, Evolution) and not isinstance(task, Runs | TaskBatch):
             raise TypeError(
                 f"{self.count} processes share the runs of a task, and task={type(task).__name__} is a single one: "
                 "wrap it in metaopt.tasks.Replicas, or draw it from a metaopt.tasks.TaskBatch"
             )
         total = _total(estimator, task)
         if total < self.count:
-            what = f"pairs={total}" if _has_pairs(estimator) else f"count={total} runs"
+            what = f"pairs={total}" if isinstance(estimator, Evolution) else f"count={total} runs"
             raise ValueError(f"every process needs a run or a pair of its own, got {what} for {self.count} processes")
 
     def backward(
@@ -89,7 +91,7 @@ class Ranks:
         """What ``estimator.backward`` does, shared by the processes, all of which get the same.
 
         Args:
-            estimator: one with ``backward_share`` (`ES` and its kind) has its pairs shared, any other the runs.
+            estimator: of an `ES` and its kind the pairs are shared, of any other the runs.
             task, opt, hyper, generator: as for the estimator, and the same in every process.
 
         Raises:
@@ -106,11 +108,11 @@ class Ranks:
         try:
             for p in learned:
                 p.grad = None
-            if _has_pairs(estimator):
-                loss = estimator.backward_share(rows, task, opt, hyper, generator)  # type: ignore[attr-defined]
+            if isinstance(estimator, Evolution):
+                loss = estimator.backward_share(rows, task, opt, hyper, generator)
             else:
                 assert isinstance(task, Runs | TaskBatch)
-                loss = estimator.backward(share(task, rows), opt, hyper, generator)
+                loss = estimator.backward(_share(task, rows), opt, hyper, generator)
             own = [p.grad for p in learned]
         finally:
             for p, grad in zip(learned, before, strict=True):
@@ -223,13 +225,9 @@ class Ranks:
         return message.cpu()
 
 
-def _has_pairs(estimator: Estimator) -> bool:
-    return hasattr(estimator, "backward_share")
-
-
 def _total(estimator: Any, task: Any) -> int:
     """How many pairs or runs there are to share."""
-    total: int = estimator.pairs if _has_pairs(estimator) else task.count
+    total: int = estimator.pairs if isinstance(estimator, Evolution) else task.count
     return total
 
 
@@ -269,3 +267,19 @@ def _joined(first: Any, *others: Any) -> Any:
 
 def _on_cpu(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _share(task: Runs | TaskBatch, rows: range) -> Runs | TaskBatch:
+    """Some rows of several runs, or of all that is drawn.
+
+    It is the same object every time, so that an estimator with an unroll between two windows knows it again.
+    """
+    kept = vars(task).get("_share")
+    if kept is None or kept.rows != rows:
+        if isinstance(task, Runs):
+            kept = SomeRuns(task, rows)
+        else:
+            kept = copy.copy(task)
+            kept.rows = rows
+        vars(task)["_share"] = kept
+    return cast("Runs | TaskBatch", kept)

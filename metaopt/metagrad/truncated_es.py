@@ -5,21 +5,18 @@ estimator = metaopt.metagrad.TruncatedES(steps=1000, truncation=20, std=0.1, pai
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Generator, Tensor, nn
 
 from metaopt.functional import Optimizer
+from metaopt.metagrad.evolution import Windowed
 from metaopt.metagrad.objective import Objective, check_objective, check_truncation
-from metaopt.metagrad.ongoing import Resumable
 from metaopt.metagrad.pairs import Pairs
 from metaopt.metagrad.perturbation import check_perturbation
 from metaopt.tasks import Task, TaskBatch
 from metaopt.unroll.randomness import Snapshot
 
 
-class TruncatedES(Resumable):
+class TruncatedES(Windowed):
     """Evolution strategies over one window a call: what a perturbation does after its window is not seen.
 
     Each pair has one unroll that goes on without perturbations; in every window its two particles start from there.
@@ -38,7 +35,7 @@ class TruncatedES(Resumable):
         ValueError: an argument outside its range.
 
     Example:
-        >>> import metaopt
+        >>> import torch, metaopt
         >>> task = metaopt.tasks.NoisyQuadratic(noise=0.0)
         >>> opt = metaopt.functional.sgd(lr=0.1)
         >>> hyper = metaopt.Hyperparameters(opt, learn=("lr",))
@@ -73,47 +70,15 @@ class TruncatedES(Resumable):
             f"objective={self.objective!r})"
         )
 
-    @property
-    def windows(self) -> int:
-        """How many calls go over the horizon."""
-        return math.ceil(self.steps / self.truncation)
+    def _begin(self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, rows: range) -> Pairs:
+        of = (task, opt, hyper, self.std, self.pairs, self.steps, self.objective)
+        return Pairs(*of, compile=self.compile, rows=rows)
 
-    def backward(
-        self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
-    ) -> Tensor:
-        """Accumulate a window's estimate into ``.grad`` of hyper's parameters, and return the window's loss.
-
-        Args, Returns: as for `metaopt.metagrad.PES.backward`.
-        """
-        return self.backward_share(range(self.pairs), task, opt, hyper, generator)
-
-    @torch.no_grad()
-    def backward_share(
-        self, rows: range, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, generator: Generator | None = None
-    ) -> Tensor:
-        """The same from some of the pairs alone, as one of several processes; it draws what all of them draw.
-
-        Args:
-            rows: which pairs.
-            task, opt, hyper, generator: as for `backward`.
-        """
-        owners = (task, opt, hyper, rows)
-        run = self._going_on(
-            owners,
-            lambda: self._pairs(*owners),
-            lambda state: self._pairs(*owners).restored(state, generator),
-        )
-        self._run = None  # until the window is done: an exception on the way lets the next call begin new unrolls
-        run.renew(generator)
+    def _window(self, run: Pairs, generator: Generator | None) -> Tensor:
         noise = run.perturbation.draw(generator)
         here = Snapshot(generator)
         losses = run.run(noise, self.truncation, generator, go_on=False)
         here.restore()  # the unperturbed steps see the same batches
         run.run(run.perturbation.zeros(), self.truncation, generator)
         run.perturbation.deliver(noise, losses)
-        self._run = run
-        return losses.mean()
-
-    def _pairs(self, task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, rows: range) -> Pairs:
-        of = (task, opt, hyper, self.std, self.pairs, self.steps, self.objective)
-        return Pairs(*of, compile=self.compile, rows=rows)
+        return losses

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import Any, final
 
 from torch import Generator
 from torch.utils import _pytree as pytree
 
 from metaopt.tasks.runs import Runs
 from metaopt.tasks.task import Batch, Params, Task
-
-if TYPE_CHECKING:
-    from metaopt.tasks.family import TaskBatch
 
 
 @final
@@ -62,19 +59,3 @@ class SomeRuns(Runs):
 def whole(task: Task) -> Task:
     """All runs, if these are some; else the task itself."""
     return task.whole if isinstance(task, SomeRuns) else task
-
-
-def share(task: Runs | TaskBatch, rows: range) -> Runs | TaskBatch:
-    """Some rows of several runs, or of all that is drawn.
-
-    It is the same object every time, so that an estimator with an unroll between two windows knows it again.
-    """
-    kept = vars(task).get("_share")
-    if kept is None or kept.rows != rows:
-        if isinstance(task, Runs):
-            kept = SomeRuns(task, rows)
-        else:
-            kept = copy.copy(task)
-            kept.rows = rows
-        vars(task)["_share"] = kept
-    return cast("Runs | TaskBatch", kept)

@@ -8,11 +8,12 @@
 makes the one out of the other. Nothing in this package knows what is measured.
 """
 
+from metaopt.tracking.completing import complete
 from metaopt.tracking.jsonl import JSONL
 from metaopt.tracking.nothing import Nothing
 from metaopt.tracking.several import Several
 from metaopt.tracking.starting import start
-from metaopt.tracking.tracker import Run, Tracker, complete
+from metaopt.tracking.tracker import Run, Tracker
 from metaopt.tracking.weights_and_biases import WandB
 
 __all__ = ["JSONL", "Nothing", "Run", "Several", "Tracker", "WandB", "complete", "start"]

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from metaopt.tracking.tracker import Run, Tracker, complete
+from metaopt.tracking.completing import complete
+from metaopt.tracking.tracker import Run, Tracker
 
 
 class Several(Run):
