@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.functional.values import at_step
+from metaopt.tracking import Tracker
 from metaopt.unroll.live import groups_of, load_state, save_state
 from metaopt.unroll.plain import cut
 
@@ -30,6 +31,7 @@ def inner_loop(
     hyper: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     *,
     first_order: bool = False,
+    tracker: Tracker | None = None,
 ) -> Iterator[tuple[InnerModel, InnerOptimizer]]:
     """Train differentiably, from where a live model and a live optimizer stand.
 
@@ -41,6 +43,7 @@ def inner_loop(
             from the groups. Values may be tensors, mappings by parameter name, or callables of the step, which counts
             from 0 at the start of the loop.
         first_order: take gradients as constants: cheaper, and exact for Rprop alone, which does so anyway.
+        tracker: gets the loss of each step as ``train/loss``, by the number of the step; see `metaopt.tracking`.
 
     Yields:
         ``(fmodel, fopt)``: call the one in place of the model, and ``fopt.step(loss)`` in place of zero_grad, backward
@@ -68,7 +71,7 @@ def inner_loop(
         raise RuntimeError("inner_loop takes gradients, which torch.inference_mode() rules out; use torch.no_grad()")
     keep_graph = torch.is_grad_enabled()
     fmodel = InnerModel(model)
-    fopt = InnerOptimizer(fmodel, optimizer, hyper, keep_graph=keep_graph, first_order=first_order)
+    fopt = InnerOptimizer(fmodel, optimizer, hyper, keep_graph=keep_graph, first_order=first_order, tracker=tracker)
     try:
         # Gradients of the inner loss are needed all the same where no graph is to be kept.
         with torch.enable_grad():
@@ -150,11 +153,13 @@ class InnerOptimizer:
         *,
         keep_graph: bool,
         first_order: bool,
+        tracker: Tracker | None,
     ) -> None:
         self._fmodel = model
         self._optimizer = optimizer
         self._keep_graph = keep_graph
         self._first_order = first_order
+        self._tracker = tracker
         self._count = 0
         self._groups = groups_of(model._model, optimizer, hyper)
         self._states = []
@@ -216,6 +221,8 @@ class InnerOptimizer:
         self._count += 1
         if not keep_graph:
             self.detach()
+        if self._tracker is not None:
+            self._tracker.log({"train": {"loss": loss.item()}}, self._count - 1)
 
     def detach(self) -> None:
         """Cut the graph here: later steps see parameters, buffers and state as constants (truncation)."""

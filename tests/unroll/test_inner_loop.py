@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import metaopt
+from metaopt.tracking import JSONL
 from tests.unroll.inner_loop_by_hand import (
     CASES,
     F64,
@@ -200,3 +203,18 @@ def test_the_mode_is_restored_when_a_call_raises() -> None:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             fmodel(torch.ones(1, 4))
         assert all(module.training for module in model.modules())
+
+
+def test_a_tracker_gets_the_loss_of_each_step(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    record = tmp_path / "record.jsonl"
+    losses = []
+    with metaopt.inner_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), tracker=JSONL(record)) as (
+        fmodel,
+        fopt,
+    ):
+        for _ in range(3):
+            losses.append(fmodel(torch.ones(4, 2)).square().mean())
+            fopt.step(losses[-1])
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert rows == [{"step": step, "train": {"loss": loss.item()}} for step, loss in enumerate(losses)]
