@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -46,10 +47,15 @@ class Parts:
             "hyper": {name: list(tensor.shape) for name, tensor in self.hyper.state_dict().items()},
             "opt": _described(self.opt),
             "estimator": _described(self.estimator),
-            "meta_optimizer": type(self.meta_optimizer).__qualname__,
+            "meta_optimizer": type(self.meta_optimizer).__qualname__ + self._groups(),
             "scheduler": None if self.scheduler is None else type(self.scheduler).__qualname__,
             "generator": None if self.generator is None else str(self.generator.device),
         }
+
+    def _groups(self) -> str:
+        """How the meta-optimizer's parameters are grouped, unless they are one group of all."""
+        sizes = [len(group["params"]) for group in self.meta_optimizer.param_groups]
+        return "" if sizes == [len(list(self.hyper.parameters()))] else f" with groups of {sizes} parameters"
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -75,6 +81,8 @@ class Parts:
         Raises:
             CheckpointError: it is of another run. Nothing has changed then.
         """
+        if not isinstance(state, Mapping) or "identity" not in state:
+            raise CheckpointError(f"checkpoint={str(folder)!r} holds something else than a meta-training run")
         for name, here in self.identity.items():
             there = state["identity"][name]
             if here != there:
@@ -110,6 +118,7 @@ class Saver:
         self._checkpoints, self._parts = checkpoints, parts
         self._saved_step = -1
         self._due = 0.0
+        self._warned = False
 
     def resume(self) -> int:
         """Go back to the last checkpoint, or write the first; the meta-steps that are behind."""
@@ -122,10 +131,18 @@ class Saver:
         self._saved_step = step
         return step
 
-    def maybe(self, step: int) -> None:
-        """Write one if it is time."""
-        if perf_counter() >= self._due:
+    def save_or_warn(self, step: int, *, last: bool) -> None:
+        """Write one if it is time. A full disk is no reason to end a run, nor to say so at every step."""
+        if not last and perf_counter() < self._due:
+            return
+        try:
             self.save(step)
+            self._warned = False
+        except CheckpointError as error:
+            if last or not self._warned:
+                goes_on = "" if last else "; the run goes on, and tries again"
+                warnings.warn(f"{error}{goes_on}", stacklevel=4)
+            self._warned = True
 
     def save(self, step: int) -> None:
         """Write one, unless it is there."""
