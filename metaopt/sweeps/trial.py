@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,10 +130,17 @@ def _check(child: subprocess.Popen[bytes], output: Path) -> None:
     if code == 0:
         return
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    raise Failed("\n".join([f"the program {ended}", *_last_words(output)]))
+
+
+def _last_words(output: Path) -> list[str]:
+    """The last lines of a program, without colours, and without those that wandb adds when all is over."""
     with output.open("rb") as file:
         file.seek(max(0, output.stat().st_size - 16_384))
-        lines = file.read().decode(errors="replace").splitlines()[-_TAIL:]
-    raise Failed("\n".join([f"the program {ended}", *lines]))
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read().decode(errors="replace"))
+    lines = [line for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if not line.startswith("wandb:")]
+    return (own or lines)[-_TAIL:]
 
 
 def _checked(value: float | None, sweep: Sweep) -> float:

@@ -29,6 +29,16 @@ from metaopt.checks import check_count
 
 VERSION = 1
 _HEAD = re.compile(rb"metaopt checkpoint (\d+) ([0-9a-f]{64})\n")
+# A lock belongs to all who inherited its file, and workers that are forked in a run, for data, can outlive it.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class CheckpointError(RuntimeError):
@@ -57,7 +67,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         check_count("keep", keep)
-        self.folder = Path(folder)
+        if not isinstance(folder, str | os.PathLike) or not str(folder):
+            raise TypeError(f"checkpoint must be a folder, got checkpoint={folder!r}")
+        self.folder = Path(folder).expanduser()
         self._keep = keep
         self._lock: int | None = None
 
@@ -71,6 +83,7 @@ class Checkpoints:
             os.close(lock)
             raise CheckpointError(f"checkpoint folder {self.folder} is in use by another run") from error
         self._lock = lock
+        _held.add(lock)
         for left in self.folder.glob("*.partial"):  # by a process that was killed
             left.unlink()
         return self
@@ -79,7 +92,9 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._lock is not None
-        os.close(self._lock)
+        if self._lock in _held:  # not in a forked process
+            _held.remove(self._lock)
+            os.close(self._lock)
         self._lock = None
 
     def latest(self) -> tuple[int, Any] | None:

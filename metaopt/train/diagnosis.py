@@ -23,6 +23,8 @@ from metaopt.unroll.randomness import Snapshot
 
 _NO_HORIZON = "The estimator has no attribute steps, so that the unroll cannot be repeated."
 _DIVERGED = "a smaller lr, or gradients clipped in the inner loop by metaopt.functional.clip_by_norm"
+# Parameters this many times as large as at the start, or as 1, have run away: a loss that overflows only shows it.
+_RUN_AWAY = 1e3
 _EDGE = "a root, norm, logarithm or division at the edge of its domain moved away from it"
 _HELP = {
     "batch": "cleaning the data",
@@ -63,28 +65,50 @@ def diagnose(task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator
     if found is None:
         growing = _growth(task, opt, hyper, estimator, before)
         what = f"Repeated without a graph, all is finite: it is the derivative that overflows. {growing}"
-        quantity = "derivative"
+        helps = _HELP["derivative"]
     else:
-        step, quantity, where = found
+        step, quantity, where, grown = found
+        helps = _HELP[quantity]
         what = f"Inner step {step} of 0..{unroll.steps - 1}: the {quantity}{where} is the first that is not finite."
         if step == unroll.steps:
             what = f"The {quantity} after all {step} inner steps is the first that is not finite."
+        if grown and helps is _EDGE:
+            what += f" The largest parameter had grown {grown}: training diverged."
+            helps = _DIVERGED
     shown = repr(hyper) if isinstance(hyper, Hyperparameters) else type(hyper).__name__
-    return f"{what} Hyperparameters: {shown}. What usually helps: {_HELP[quantity]}."
+    return f"{what} Hyperparameters: {shown}. What usually helps: {helps}."
 
 
-def explosion(task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot) -> str:
-    """How fast a change grows along the unroll, and what usually helps. The arguments are those of `diagnose`."""
-    return f"{_growth(task, opt, hyper, estimator, before)} What usually helps: {_HELP['derivative']}."
+def explosion(
+    task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot
+) -> str | None:
+    """How fast a change grows along the unroll, and what usually helps; None if it does not grow.
+
+    A large derivative alone may be the unit of a value, such as a learning rate of 1e-9. The arguments are those of
+    `diagnose`.
+    """
+    rate = _rate(task, opt, hyper, estimator, before)
+    if rate is not None and rate <= 1:
+        return None
+    return f"{_grows(rate)} What usually helps: {_HELP['derivative']}."
 
 
 def _growth(task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot) -> str:
+    return _grows(_rate(task, opt, hyper, estimator, before))
+
+
+def _grows(rate: float | None) -> str:
+    return _NO_HORIZON if rate is None else f"The effect of a small change grows x {rate:.3g} in an inner step."
+
+
+def _rate(
+    task: Task | TaskBatch, opt: Optimizer, hyper: nn.Module, estimator: Estimator, before: Snapshot
+) -> float | None:
     with _repeated(task, opt, hyper, estimator, before) as unroll:
         if unroll is None:
-            return _NO_HORIZON
+            return None
         start = unroll.start
-        rate = growth(start.task, opt, start.params, unroll.values, unroll.steps, before.generator)
-    return f"The effect of a small change grows x {rate:.3g} in an inner step."
+        return growth(start.task, opt, start.params, unroll.values, unroll.steps, before.generator)
 
 
 class _Unroll(NamedTuple):
@@ -115,8 +139,8 @@ def _repeated(
 
 def _first(
     start: Start, opt: Optimizer, values: Mapping[str, Any], steps: int, generator: Generator | None
-) -> tuple[int, str, str] | None:
-    """Inner step, quantity, and which part of it; None if all is finite."""
+) -> tuple[int, str, str, str] | None:
+    """Inner step, quantity, which part of it, and how parameters had run away before, if so; None if all is finite."""
     inner = InnerStep(start.task, opt)
     carry = inner.begin(start.params, values)
     for t in range(steps):
@@ -134,9 +158,21 @@ def _first(
         for quantity, tree in quantities.items():
             for name, tensor in _named(tree):
                 if not bool(tensor.isfinite().all()):
-                    return t, quantity, f" {name!r}" * bool(name) + _of_run(start.task, tensor)
+                    where = f" {name!r}" * bool(name) + _of_run(start.task, tensor)
+                    return t, quantity, where, _run_away(start.params, carry.params)
         carry = after
-    return None if bool(start.task.meta_loss(carry.params, values).isfinite()) else (steps, "meta-loss", "")
+    if bool(start.task.meta_loss(carry.params, values).isfinite()):
+        return None
+    return steps, "meta-loss", "", _run_away(start.params, carry.params)
+
+
+def _run_away(start: Any, params: Any) -> str:
+    """From where to where, if it is far."""
+    before, now = (
+        max((float(tensor.abs().max()) for _, tensor in _named(tree) if tensor.numel()), default=0.0)
+        for tree in (start, params)
+    )
+    return f"from {before:.3g} to {now:.3g}" if now > _RUN_AWAY * max(1.0, before) else ""
 
 
 def _losses(task: Task, params: Any, batch: Any, values: Mapping[str, Any]) -> Tensor:

@@ -8,9 +8,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+_NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interruption:
-    """Notes SIGTERM and Ctrl-C while its block runs. A second one stops at once.
+    """Notes SIGTERM, SIGHUP and Ctrl-C while its block runs, unless they are ignored. A second one stops at once.
 
     Outside the main thread, where signals cannot be caught, it notes nothing.
 
@@ -37,7 +39,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in _NOTED:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background of a script
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -10,10 +10,12 @@ Clipping of the meta-gradient is torch's own: ``meta_optimizer.register_step_pre
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from signal import Signals
 from time import perf_counter
 from typing import Any, Literal
@@ -76,13 +78,16 @@ def meta_train(
         steps: meta-steps in all, those of the run that a checkpoint continues included; >= 1.
         checkpoint: a folder. A run started again with the same folder goes on from its last checkpoint, bit for bit on
             a CPU, and returns its result at once if it had finished. The last three checkpoints are kept; they are
-            written as often as that takes no more than a twentieth of the time. SIGTERM and Ctrl-C end the run after
+            written as often as that takes no more than a twentieth of the time. A run with another hyper, optimizer,
+            estimator or kind of meta-optimizer is refused; the task, starting values and options of the meta-optimizer
+            are not compared, and the checkpoint's values and options are taken. SIGTERM and Ctrl-C end the run after
             the meta-step in hand, with a checkpoint; a second one ends it at once.
         tracker: gets ``log(metrics, step)`` once per meta-step; one of `metaopt.tracking` also gets learning curves,
             schedules, and the final hyperparameters as an artifact. A resumed run logs the steps after its checkpoint
             again, and has a tracker drop what it has of them.
         generator: for the task's randomness; None is torch's default generator.
-        scheduler: of the meta-optimizer's learning rate, stepped after each meta-step and part of the checkpoint.
+        scheduler: of the meta-optimizer's learning rate, stepped after each meta-step (``ReduceLROnPlateau`` with the
+            meta-loss) and part of the checkpoint.
         on_nonfinite: what to do if meta-loss or meta-gradient is NaN or infinite: "raise" repeats the unroll to say
             where it began; "skip" leaves the hyperparameters as they are, begins new unrolls, and counts.
         progress: show a progress bar in a terminal or a notebook, a line now and then in a log file.
@@ -92,8 +97,9 @@ def meta_train(
 
     Raises:
         ValueError: ``steps`` below 1, an unknown ``on_nonfinite``, a meta-optimizer that holds none of hyper's
-            parameters, a learned value on which the meta-loss does not depend, fewer runs or pairs than processes.
-        TypeError: a single task, which several processes cannot share.
+            parameters or steps by a closure, a scheduler of another optimizer, a learned value on which the
+            meta-loss does not depend, fewer runs or pairs than processes.
+        TypeError: a single task, which several processes cannot share; a ``checkpoint`` that is no path.
         metaopt.train.CheckpointError: the folder is in use, cannot be written to, holds another run or more steps, or
             has no readable checkpoint left.
         metaopt.train.NonFiniteError: see ``on_nonfinite``; also after ten skipped meta-steps in a row.
@@ -123,6 +129,11 @@ def meta_train(
     held = {id(p) for group in meta_optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in hyper.parameters()):
         raise ValueError("meta_optimizer holds none of hyper's parameters: make it with hyper.parameters()")
+    closure = inspect.signature(type(meta_optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"meta_optimizer must step without a closure, got {type(meta_optimizer).__name__}")
+    if scheduler is not None and scheduler.optimizer is not meta_optimizer:
+        raise ValueError(f"scheduler must be of meta_optimizer, got {type(scheduler).__name__} of another optimizer")
     parts = Parts(opt, hyper, estimator, meta_optimizer, scheduler, generator)
     ranks = parts.ranks
     ranks.check(estimator, task)
@@ -158,7 +169,7 @@ class _Loop:
         # A training run is a price that only those pay who can see it.
         self._looks = isinstance(tracker, Run) and not isinstance(self._tracker, Nothing)
         self._on_nonfinite = on_nonfinite
-        self._warned = False
+        self._limit = _EXPLODED
 
     def run(
         self, done: int, progress: bool, saver: Saver | None = None, interruption: Interruption | None = None
@@ -184,9 +195,9 @@ class _Loop:
                         where = f"after meta-step {step + 1} of {self._steps}; start it again to go on"
                         print(f"stopped {where}", file=sys.stderr, flush=True)
                     raise Stopped(Signals(int(requested)))
-                if due or step + 1 == self._steps:
-                    with _only_warned(shown=ranks.first):
-                        saver.save(step + 1)
+                last = step + 1 == self._steps
+                if due or last:
+                    saver.save_or_warn(step + 1, last=last)
         if (numbers := _numbers(parts.hyper)) is not None:
             self._tracker.artifact("hyperparameters", numbers)
 
@@ -218,7 +229,9 @@ class _Loop:
             self._skip_or_raise(step, trouble, before)
             parts.result.add(record | {"skipped": True}, hyper)
             record = parts.result.history[-1]
-        if parts.scheduler is not None:
+        if isinstance(parts.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            parts.scheduler.step(loss)
+        elif parts.scheduler is not None:
             parts.scheduler.step()
         record["seconds"] = perf_counter() - started
         record["memory_mib"] = _memory()
@@ -238,15 +251,19 @@ class _Loop:
 
     def _maybe_warn(self, record: dict[str, Any], before: Snapshot) -> None:
         """Once, if the meta-gradient explodes."""
-        limit = _EXPLODED * max(1.0, abs(record["meta_loss"]))
-        if self._parts.ranks.first and not self._warned and record["grad_norm"] > limit:
-            self._warned = True
-            parts = self._parts
-            warnings.warn(
-                f"the meta-gradient explodes: norm {record['grad_norm']:.3g} at meta-loss {record['meta_loss']:.3g}. "
-                + explosion(self._task, parts.opt, parts.hyper, parts.estimator, before),
-                stacklevel=4,
-            )
+        ratio = record["grad_norm"] / max(1.0, abs(record["meta_loss"]))
+        if ratio <= self._limit or not self._parts.ranks.first:
+            return
+        parts = self._parts
+        why = explosion(self._task, parts.opt, parts.hyper, parts.estimator, before)
+        if why is None:
+            self._limit = 10 * ratio  # to look again costs an unroll
+            return
+        self._limit = math.inf
+        warnings.warn(
+            f"the meta-gradient explodes: norm {record['grad_norm']:.3g} at meta-loss {record['meta_loss']:.3g}. {why}",
+            stacklevel=4,
+        )
 
     def _track(self, record: dict[str, Any], step: int) -> None:
         """Log a step, and now and then what its hyperparameters lead to: at the first, the last, ten times in all."""
@@ -279,13 +296,3 @@ def _memory() -> dict[str, float]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         memory["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     return memory
-
-
-@contextlib.contextmanager
-def _only_warned(*, shown: bool) -> Iterator[None]:
-    """A full disk in the middle of a run is no reason to end it."""
-    try:
-        yield
-    except CheckpointError as error:
-        if shown:
-            warnings.warn(f"{error}; the run goes on, and tries again", stacklevel=3)

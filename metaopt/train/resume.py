@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -45,13 +46,18 @@ class Parts:
     def identity(self) -> dict[str, Any]:
         """What must not differ between a run and its continuation."""
         return {
-            "hyper": {name: list(tensor.shape) for name, tensor in self.hyper.state_dict().items()},
+            "hyper": {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in self.hyper.state_dict().items()},
             "opt": _described(self.opt),
             "estimator": _described(self.estimator),
-            "meta_optimizer": type(self.meta_optimizer).__qualname__,
+            "meta_optimizer": type(self.meta_optimizer).__qualname__ + self._groups(),
             "scheduler": None if self.scheduler is None else type(self.scheduler).__qualname__,
             "generator": None if self.generator is None else self.generator.device.type,
         }
+
+    def _groups(self) -> str:
+        """How the meta-optimizer's parameters are grouped, unless they are one group of all."""
+        sizes = [len(group["params"]) for group in self.meta_optimizer.param_groups]
+        return "" if sizes == [len(list(self.hyper.parameters()))] else f" with groups of {sizes} parameters"
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for the first process to save."""
@@ -77,6 +83,8 @@ class Parts:
         Raises:
             CheckpointError: it is of another run. Nothing has changed then.
         """
+        if not isinstance(state, Mapping) or "identity" not in state:
+            raise CheckpointError(f"checkpoint={str(folder)!r} holds something else than a meta-training run")
         for name, here in self.identity.items():
             there = state["identity"][name]
             if here != there:
@@ -86,7 +94,7 @@ class Parts:
                 )
         estimator: Any = self.estimator
         self.hyper.load_state_dict(state["hyper"])
-        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        _load(self.meta_optimizer, state["meta_optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if hasattr(estimator, "load_state_dict"):
@@ -112,6 +120,7 @@ class Saver:
         self._checkpoints, self._parts = checkpoints, parts
         self._saved_step = -1
         self._due = 0.0
+        self._warned = False
 
     def resume(self) -> int:
         """Go back to the last checkpoint, or write the first; the meta-steps that are behind."""
@@ -129,6 +138,17 @@ class Saver:
         """Whether it is time for one."""
         return perf_counter() >= self._due
 
+    def save_or_warn(self, step: int, *, last: bool) -> None:
+        """Write one. A full disk is no reason to end a run, nor to say so at every step."""
+        try:
+            self.save(step)
+            self._warned = False
+        except CheckpointError as error:
+            if self._parts.ranks.first and (last or not self._warned):
+                goes_on = "" if last else "; the run goes on, and tries again"
+                warnings.warn(f"{error}{goes_on}", stacklevel=4)
+            self._warned = True
+
     def save(self, step: int) -> None:
         """Write one, unless it is there. All processes take part."""
         if step == self._saved_step:
@@ -139,6 +159,17 @@ class Saver:
         self._saved_step = step
         ended = perf_counter()
         self._due = ended + _PATIENCE * (ended - started)
+
+
+def _load(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state as it was: torch casts what it can to the parameters' dtype (NAdam's mu_product)."""
+    optimizer.load_state_dict(dict(state))
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, saved in state["state"].items():
+        loaded = optimizer.state[params[index]]
+        for name, value in saved.items():
+            if isinstance(value, torch.Tensor) and loaded[name].dtype != value.dtype:
+                loaded[name] = value.clone().to(loaded[name].device)
 
 
 def _described(thing: object) -> str:

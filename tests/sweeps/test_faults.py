@@ -24,6 +24,8 @@ def log(loss):
 
 match sys.argv[1]:
     case "--kind=raises":
+        import atexit  # wandb says good-bye after the traceback, in colours
+        atexit.register(print, "\\n\\x1b[1;34mwandb\\x1b[0m: Find logs at: \\x1b[1;35mhere\\x1b[0m\\n", file=sys.stderr)
         print("a word before")
         raise RuntimeError("no such [luck]")
     case "--kind=diverges":

@@ -159,6 +159,28 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
         assert checkpoints.latest() == (1, {"a": 1})
 
 
+def test_a_worker_that_was_forked_in_a_run_does_not_keep_its_folder(tmp_path: Path) -> None:
+    (started, starts), (over, ends) = os.pipe(), os.pipe()
+    with Checkpoints(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            os.write(starts, b".")
+            os.close(ends)
+            os.read(over, 1)  # until the test is over
+            os._exit(0)
+        os.read(started, 1)
+        with pytest.raises(CheckpointError, match="is in use"), Checkpoints(tmp_path):
+            pass
+    try:
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest() is None
+    finally:
+        os.close(ends)
+        os.waitpid(worker, 0)
+        for end in (started, starts, over):
+            os.close(end)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.open

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,6 +250,28 @@ def test_a_step_post_hook_runs_a_scheduler() -> None:
 
 
 # Refusals
+
+
+def test_a_plateau_of_the_meta_loss_lowers_the_learning_rate() -> None:
+    hyper = Hyperparameters(sgd(lr=0.01), ("lr",))
+    meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=0.0)  # so that the meta-loss stays
+    meta_optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(()))], "lr": 1.0})
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(meta_optimizer, factor=0.1, patience=2)
+    task, steps = NoisyQuadratic(noise=0.0, start=0.0), 5
+    meta_train(task, sgd(), hyper, Unrolled(3), meta_optimizer, steps=steps, scheduler=scheduler, progress=False)
+    assert meta_optimizer.param_groups[1]["lr"] == pytest.approx(0.1)
+
+
+def test_optimizers_that_cannot_take_a_meta_step_are_refused_before_anything_is_run(tmp_path: Path) -> None:
+    hyper = Hyperparameters(sgd(lr=0.01), ("lr",))
+    adam, other = (torch.optim.Adam(hyper.parameters(), lr=0.1) for _ in range(2))
+    task, opt, estimator = NoisyQuadratic(), sgd(), Unrolled(3)
+    with pytest.raises(ValueError, match="meta_optimizer must step without a closure, got LBFGS"):
+        meta_train(task, opt, hyper, estimator, torch.optim.LBFGS(hyper.parameters()), 2, tmp_path / "a")
+    scheduler = torch.optim.lr_scheduler.StepLR(other, 1)
+    with pytest.raises(ValueError, match="scheduler must be of meta_optimizer, got StepLR of another optimizer"):
+        meta_train(task, opt, hyper, estimator, adam, 2, tmp_path / "a", scheduler=scheduler)
+    assert not (tmp_path / "a").exists()
 
 
 def test_bad_arguments_are_refused_before_anything_is_run() -> None:

@@ -174,6 +174,50 @@ def test_no_warning_where_nothing_explodes() -> None:
         run(NoisyQuadratic(), rprop(lr=0.1))
 
 
+class Units(NoisyQuadratic):
+    """In other units: the learning rate's is a billionth, and so its derivative is large."""
+
+    def loss(self, params: Any, batch: Any, hyper: Any) -> Tensor:
+        return 1e9 * super().loss(params, batch, hyper)
+
+
+class Plain(nn.Module):
+    """A learning rate without a logarithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = nn.Parameter(torch.tensor(1e-10, dtype=torch.float64))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {"lr": self.lr}
+
+
+def test_a_large_meta_gradient_without_growth_is_no_explosion() -> None:
+    hyper = Plain()
+    meta_optimizer = torch.optim.SGD(hyper.parameters(), lr=1e-24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = meta_train(Units(), sgd(), hyper, Unrolled(20), meta_optimizer, steps=2, progress=False)
+    assert min(record["grad_norm"] for record in result.history) > 1e6 * max(result.losses)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.0])
+def test_a_loss_that_overflows_in_a_diverging_training_is_divergence(start: float) -> None:
+    """Squares overflow before the parameters do: the root at the edge of its domain would be the wrong advice."""
+    with pytest.raises(NonFiniteError, match="the loss is the first") as caught:
+        run(NoisyQuadratic(start=start), sgd(lr=1e3), Unrolled(200))
+    assert re.search(r"The largest parameter had grown from [\d.]+ to [\d.e+]+: training diverged\.", str(caught.value))
+    assert "a smaller lr" in str(caught.value)
+    assert "root" not in str(caught.value)
+
+
+def test_a_loss_at_the_edge_of_its_domain_is_no_divergence() -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        run(Planted(what="loss"), estimator=Unrolled(50))
+    assert "diverged" not in str(caught.value)
+    assert "root" in str(caught.value)
+
+
 class Sometimes(NoisyQuadratic):
     """Every third unroll is spoilt."""
 

@@ -22,6 +22,7 @@ from metaopt.metagrad import ES, PES, Forward, Online, TruncatedES, Unrolled
 from metaopt.tasks import NoisyQuadratic, RandomQuadratics, Replicas, TaskBatch
 from metaopt.tracking import JSONL
 from metaopt.train import CheckpointError, MetaTrainResult, resume
+from metaopt.train.checkpoint import Checkpoints
 
 OPT = radam(lr=0.05)
 
@@ -168,6 +169,39 @@ def test_another_run_is_refused_by_name_and_nothing_has_changed(tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in zip(before, hyper.parameters(), strict=True))
 
 
+def test_a_meta_optimizer_with_other_groups_is_refused_and_nothing_has_changed(tmp_path: Path) -> None:
+    train(tmp_path)
+    hyper = Hyperparameters(OPT, {"lr": Schedule(6, 0.05), "eps": 1e-4})
+    before = [p.detach().clone() for p in hyper.parameters()]
+    meta_optimizer = torch.optim.Adam([{"params": [p]} for p in hyper.parameters()], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, 20)
+    with pytest.raises(CheckpointError, match=r"another meta_optimizer: Adam, not Adam with groups of \[1, 1\]"):
+        meta_train(Careless(), OPT, hyper, Unrolled(6), meta_optimizer, 9, tmp_path, scheduler=scheduler)
+    assert all(torch.equal(p, q) for p, q in zip(hyper.parameters(), before, strict=True))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, {"a": 1})
+    with pytest.raises(CheckpointError, match="holds something else than a meta-training run"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("make", [torch.optim.NAdam, torch.optim.RAdam, torch.optim.Rprop, torch.optim.ASGD])
+def test_meta_optimizers_with_states_of_many_kinds_go_on(make: Any, tmp_path: Path) -> None:
+    def run(folder: Path | None, tracker: Any = None) -> list[Any]:
+        hyper = Hyperparameters(OPT, {"lr": 0.05, "betas": (0.9, 0.99)})
+        meta_optimizer = make(hyper.parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(0)
+        task, estimator = NoisyQuadratic(), Unrolled(6)
+        meta_train(task, OPT, hyper, estimator, meta_optimizer, 13, folder, tracker, generator, progress=False)
+        return [p.item() for p in hyper.parameters()]
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, Interrupts(7))
+    assert run(tmp_path) == run(None)
+
+
 def test_the_record_of_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     class Dies(JSONL):
         def log(self, metrics: Any, step: int) -> None:
@@ -199,11 +233,14 @@ def test_a_disk_that_fills_up_in_mid_run_is_a_warning_and_the_run_ends_well(
         path.write_bytes(content)
 
     monkeypatch.setattr(checkpoint, "write_whole", full)
-    with pytest.warns(UserWarning, match="cannot be written: No space left on device; the run goes on"):
+    with pytest.warns(UserWarning, match="cannot be written") as caught:
         hyper, _ = train(tmp_path)
+    first, last = (str(warning.message) for warning in caught)  # and not one for every meta-step
+    assert first.endswith("cannot be written: No space left on device; the run goes on, and tries again")
+    assert last.endswith("step-000000008.checkpoint cannot be written: No space left on device")
     whole, _ = train(None)
     assert same(hyper, whole)
-    assert len(written) > 1
+    assert len(written) == 9
 
 
 def test_a_disk_that_is_full_at_the_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +270,7 @@ print("finished", [p.item() for p in hyper.parameters()])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_meta_step_with_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
