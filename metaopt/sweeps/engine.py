@@ -23,7 +23,7 @@ from metaopt.sweeps import worker
 from metaopt.sweeps.command import expand
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import best, create, find, latest, outcome, recover, size
+from metaopt.sweeps.study import best, create, find, finite, in_words, latest, outcome, recover, size
 from metaopt.sweeps.worker import say
 
 FOLDER = Path("runs") / "sweeps"
@@ -259,7 +259,7 @@ class _Engine:
         return int(failed)
 
     def _summary(self) -> bool:
-        """Print how many trials ended how; whether all failed."""
+        """Print how many trials ended how; whether all failed or, with a metric, have none that is finite."""
         database = open_storage(self.storage, self.timing, create=False)
         with one_line(self.storage):
             with exclusive(database, str(self.sweep.name)):
@@ -272,8 +272,10 @@ class _Engine:
         ranked = best(trials, self.sweep)
         if ranked and self.sweep.metric is not None:
             number, trial = ranked[0]
-            line += f"; best {self.sweep.metric.name} {trial.value:.6g} (trial {number})"
+            line += f"; best {self.sweep.metric.name} {in_words(trial.value)} (trial {number})"
         say(line)
+        if ranked:
+            return not finite(ranked)
         return "failed" in outcomes and "complete" not in outcomes
 
 

@@ -232,6 +232,21 @@ def reached(trials: Mapping[int, FrozenTrial], sweep: Sweep) -> bool:
     return value >= sweep.metric.target if sweep.metric.goal == "maximize" else value <= sweep.metric.target
 
 
+def finite(ranked: Iterable[tuple[int, FrozenTrial]]) -> bool:
+    """Whether any of the complete trials has a metric that is a finite number."""
+    return any(math.isfinite(trial.value or 0.0) for _, trial in ranked)
+
+
+def in_words(value: float | None) -> str:
+    """A metric in words: what stands for one that is not finite (`worst`) was measured by nobody.
+
+    Example:
+        >>> in_words(0.25), in_words(math.inf)
+        ('0.25', 'not finite')
+    """
+    return f"{value:.6g}" if value is not None and math.isfinite(value) else "not finite"
+
+
 def worst(sweep: Sweep) -> float:
     """What counts in place of a metric that is not a finite number: search is to learn that such a run diverged."""
     return -math.inf if _direction(sweep) == "maximize" else math.inf

@@ -29,6 +29,8 @@ match sys.argv[1]:
     case "--kind=diverges":
         log(1.0)
         log(float("nan"))
+    case "--kind=overflows":
+        log(float("-inf"))
     case "--kind=fine":
         log(2.0)
         log(0.5)
@@ -108,6 +110,20 @@ def test_a_program_that_fails_is_recorded_with_its_last_words_and_the_others_run
     code, output, errors = sweeping.call("resume", "sweep.yaml")
     assert (code, output) == (1, "")
     assert one_line(errors).startswith("metaopt: metric and parameters changed in the file since sweep 'sweep'")
+
+
+def test_a_sweep_whose_every_value_is_not_finite_has_found_nothing(tmp_path):
+    sweeping = Sweeping(
+        tmp_path, KINDS.replace("raises, diverges, fine, killed, silent", "diverges, overflows"), BY_KIND
+    )
+    code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
+    assert (code, errors) == (1, "")
+    assert output.splitlines()[-1] == "2 complete; best loss not finite (trial 0)"
+    assert "best loss not finite: trial 0, kind=diverges" in sweeping.call("status", "sweep.yaml")[1]
+    code, output, errors = sweeping.call("show", "sweep.yaml")
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[-1] == "no trial has a finite loss: importance of parameters not known"
+    assert not (tmp_path / "runs/sweeps/sweep/sweep.svg").exists()
 
 
 def test_a_full_disk_ends_the_sweep_and_resume_finishes_it(tmp_path):
