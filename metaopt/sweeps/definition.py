@@ -267,10 +267,12 @@ class _Place:
 def _load(text: str, source: str) -> dict[Any, Any]:
     try:
         import yaml
+
+        from metaopt.sweeps.unique_keys import UniqueKeys
     except ImportError:
         raise ImportError("sweep files need PyYAML: pip install 'metaopt[sweeps]'") from None
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
