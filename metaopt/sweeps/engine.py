@@ -23,7 +23,7 @@ from metaopt.sweeps import worker
 from metaopt.sweeps.command import expand
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import best, create, find, finite, in_words, latest, outcome, recover, size
+from metaopt.sweeps.study import best, create, find, finite, in_words, latest, outcome, recover, retry_failed, size
 from metaopt.sweeps.worker import say
 
 FOLDER = Path("runs") / "sweeps"
@@ -67,17 +67,28 @@ def run(sweep: Sweep, storage: str | None = None, *, workers: int = 1, timing: T
     return _start(sweep, storage, workers, timing or Timing(), new=True)
 
 
-def resume(sweep: Sweep, storage: str | None = None, *, workers: int = 1, timing: Timing | None = None) -> int:
-    """Go on with a sweep, or join it from another machine: the arguments are those of `run`.
+def resume(
+    sweep: Sweep,
+    storage: str | None = None,
+    *,
+    workers: int = 1,
+    timing: Timing | None = None,
+    retry_failed: bool = False,
+) -> int:
+    """Go on with a sweep, or join it from another machine.
+
+    Args:
+        sweep, storage, workers, timing: as for `run`.
+        retry_failed: whether trials that have failed are run once more, with the same parameters.
 
     Raises:
         SweepError: it has not been started, or with another method, metric or parameters.
         StorageError: the database cannot be used.
     """
-    return _start(sweep, storage, workers, timing or Timing(), new=False)
+    return _start(sweep, storage, workers, timing or Timing(), new=False, again=retry_failed)
 
 
-def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, new: bool) -> int:
+def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, new: bool, again: bool = False) -> int:
     if workers < 1:
         raise SweepError(f"workers must be >= 1, got {workers}")
     if timing.heartbeat < 1:
@@ -96,6 +107,8 @@ def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, n
         study = create(sweep, database) if new else find(sweep, database)
         _claim_folder(place, study.user_attrs["id"])
         recover(study)
+        if again:
+            retry_failed(study)
     if size(sweep) is None:
         say("no run_cap: in its file: the sweep goes on until Ctrl-C")
     return _Engine(sweep, storage, workers, timing).supervise()
@@ -273,6 +286,8 @@ class _Engine:
         if ranked and self.sweep.metric is not None:
             number, trial = ranked[0]
             line += f"; best {self.sweep.metric.name} {in_words(trial.value)} (trial {number})"
+        if "failed" in outcomes:
+            line += "; what failed stays so: metaopt sweep resume --retry-failed runs it once more"
         say(line)
         if ranked:
             return not finite(ranked)

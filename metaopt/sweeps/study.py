@@ -170,10 +170,26 @@ def recover(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         fail_stale_trials(study)
-        again = RetryHeartbeatStaleTrialCallback()
     for trial in latest(study.get_trials()).values():
         if outcome(trial) == "cut off":
-            again(study, trial)
+            _again(study, trial)
+
+
+def retry_failed(study: optuna.Study) -> None:
+    """Queue again, once, what failed by its own fault, with the same parameters. To be called under the lock."""
+    for trial in latest(study.get_trials()).values():
+        if outcome(trial) == "failed":
+            if trial.user_attrs.pop("error", None) is not None:
+                trial.user_attrs["stops"] = int(trial.user_attrs.get("stops", 0)) + 1  # no worker died of it
+            _again(study, trial)
+
+
+def _again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue the successor of the last trial of a line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        again = RetryHeartbeatStaleTrialCallback()
+    again(study, trial)
 
 
 def root(trial: FrozenTrial) -> int:

@@ -83,7 +83,10 @@ def test_a_program_that_fails_is_recorded_with_its_last_words_and_the_others_run
     sweeping = Sweeping(tmp_path, KINDS, BY_KIND)
     code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
     assert (code, errors) == (0, "")
-    assert output.splitlines()[-1] == "2 complete, 3 failed; best loss 0.5 (trial 2)"
+    assert output.splitlines()[-1] == (
+        "2 complete, 3 failed; best loss 0.5 (trial 2); "
+        "what failed stays so: metaopt sweep resume --retry-failed runs it once more"
+    )
     raised, diverged, fine, killed, silent = sweeping.study().trials
     assert raised.user_attrs["error"].splitlines()[0] == "the program ended with exit code 1"
     assert raised.user_attrs["error"].splitlines()[1] == "a word before"
@@ -124,6 +127,18 @@ def test_a_sweep_whose_every_value_is_not_finite_has_found_nothing(tmp_path):
     assert (code, errors) == (0, "")
     assert output.splitlines()[-1] == "no trial has a finite loss: importance of parameters not known"
     assert not (tmp_path / "runs/sweeps/sweep/sweep.svg").exists()
+
+
+def test_what_failed_is_run_once_more_if_that_is_asked_for(tmp_path):
+    sweeping = Sweeping(tmp_path, KINDS.replace("raises, diverges, fine, killed, silent", "raises, killed"), BY_KIND)
+    code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
+    assert (code, errors) == (1, "")
+    assert output.splitlines()[-1].startswith("2 failed; what failed stays so: ")
+    (tmp_path / "program.py").write_text(BY_KIND.replace("raise RuntimeError", "log(3.0) #"))
+    code, output, errors = sweeping.run("resume", "sweep.yaml", "--retry-failed", "--workers", "2")
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[-1].startswith("1 complete, 1 failed; best loss 3 (trial 0); what failed stays so: ")
+    assert [trial.user_attrs["config"]["kind"] for trial in sweeping.study().trials] == ["raises", "killed"] * 2
 
 
 def test_a_full_disk_ends_the_sweep_and_resume_finishes_it(tmp_path):

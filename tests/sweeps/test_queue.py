@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from metaopt.sweeps import SweepError, parse, process
 from metaopt.sweeps.storage import Timing, open_storage
-from metaopt.sweeps.study import DEATHS, Queue, create, find, latest, outcome, recover, root, size
+from metaopt.sweeps.study import DEATHS, Queue, create, deaths, find, latest, outcome, recover, retry_failed, root, size
 from tests.sweeps.sweeping import REPOSITORY
 
 GRID = """
@@ -116,6 +116,23 @@ def test_a_trial_that_is_stopped_again_and_again_is_not(storage):
         study.tell(trial, state=TrialState.FAIL)
         recover(study)
     assert [outcome(trial) for trial in latest(study.trials).values()] == ["waiting"]
+
+
+def test_what_failed_is_queued_once_more_and_its_own_fault_killed_no_worker(storage):
+    study, queue = started(storage, GRID.replace("[1, 2, 3]", "[1]").replace("[a, b]", "[a]"))
+    assert queue.ready()
+    trial = take(study, process.mark(os.getpid()))
+    trial.set_user_attr("error", "the program ended with exit code 1")
+    study.tell(trial, state=TrialState.FAIL)
+    assert not queue.ready()
+    retry_failed(study)
+    retry_failed(study)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert queue.ready()
+    again = take(study, process.mark(os.getpid()))
+    assert again.user_attrs["config"] == trial.user_attrs["config"]
+    study.tell(again, state=TrialState.FAIL)  # its worker dies
+    assert [(outcome(last), deaths(last), root(last)) for last in latest(study.trials).values()] == [("cut off", 1, 0)]
 
 
 def test_a_study_is_found_by_those_who_search_for_the_same(storage):
