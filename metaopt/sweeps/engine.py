@@ -22,12 +22,13 @@ import optuna
 from metaopt.sweeps import worker
 from metaopt.sweeps.command import expand
 from metaopt.sweeps.definition import Sweep, SweepError
-from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage
+from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage, parse
 from metaopt.sweeps.study import best, create, find, finite, in_words, latest, outcome, recover, retry_failed, size
 from metaopt.sweeps.worker import say
 
 FOLDER = Path("runs") / "sweeps"
 
+_OWNER = "study.json"  # in the folder of results: whose they are
 _CONNECTING = 15.0  # seconds that it may take to find out that there is no server
 _TWICE = 0.5  # seconds within which a second signal is the first once more, from a program that passes it on
 _HASTY = 3.0  # seconds; a worker that dies within has a reason that will not go away
@@ -46,6 +47,24 @@ def folder(sweep: Sweep) -> Path:
 def default_storage(sweep: Sweep) -> str:
     """Its database, unless another is named: an SQLite file beside the results."""
     return f"sqlite:///{folder(sweep) / 'sweep.db'}"
+
+
+def check_started(sweep: Sweep, *, new: bool = False) -> None:
+    """Before the database beside the results is used: whether it is there, or may be made.
+
+    Raises:
+        SweepError: it is gone, and the results of its trials are there; or it has to be there and nothing is.
+    """
+    place, file = folder(sweep), Path(str(parse(default_storage(sweep)).database))
+    if file.exists():
+        return
+    if (place / _OWNER).exists():
+        raise SweepError(
+            f"{place} holds the trials of a sweep, but not its database {file.name}: name that one with --storage, "
+            "put it back, or move the folder away and start anew"
+        )
+    if not new:
+        raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that")
 
 
 def run(sweep: Sweep, storage: str | None = None, *, workers: int = 1, timing: Timing | None = None) -> int:
@@ -98,10 +117,8 @@ def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, n
     place = folder(sweep)
     if storage is None:
         storage = default_storage(sweep)
-        if new:
-            place.mkdir(parents=True, exist_ok=True)
-        elif not place.is_dir():
-            raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that")
+        check_started(sweep, new=new)
+        place.mkdir(parents=True, exist_ok=True)
     database = open_storage(storage, timing, create=new)
     with one_line(storage), exclusive(database, str(sweep.name)):
         study = create(sweep, database) if new else find(sweep, database)
@@ -126,7 +143,7 @@ def _check_program(sweep: Sweep) -> None:
 def _claim_folder(place: Path, identity: str) -> None:
     """Results and checkpoints of another study of the same name must not be taken for this one's."""
     place.mkdir(parents=True, exist_ok=True)
-    owner = place / "study.json"
+    owner = place / _OWNER
     if owner.exists() and json.loads(owner.read_text(encoding="utf-8")) != identity:
         raise SweepError(f"{place} holds the trials of another sweep of this name: move it away")
     owner.write_text(json.dumps(identity), encoding="utf-8")

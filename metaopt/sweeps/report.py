@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from metaopt.sweeps.definition import Sweep, SweepError
-from metaopt.sweeps.engine import default_storage, folder
+from metaopt.sweeps.engine import check_started, default_storage, folder
 from metaopt.sweeps.process import alive
-from metaopt.sweeps.storage import Timing, one_line, open_storage, parse
+from metaopt.sweeps.storage import Timing, one_line, open_storage
 from metaopt.sweeps.study import best, find, finite, in_words, latest, outcome, size, why
 
 _QUICK = Timing(patience=10.0)  # nobody waits a minute for a table
@@ -35,8 +35,7 @@ def load(sweep: Sweep, storage: str | None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if storage is None:
         storage = default_storage(sweep)
-        if not Path(str(parse(storage).database)).exists():
-            raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that")
+        check_started(sweep)
     database = open_storage(storage, _QUICK, create=False)
     with one_line(storage):
         return find(sweep, database)

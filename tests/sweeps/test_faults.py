@@ -154,6 +154,23 @@ def test_a_full_disk_ends_the_sweep_and_resume_finishes_it(tmp_path):
     assert sweeping.lives().total() == 4
 
 
+def test_results_without_their_database_are_said_to_be_that_by_every_command(sweeping, tmp_path):
+    place = tmp_path / "runs/sweeps/sweep"
+    place.mkdir(parents=True)
+    code, output, errors = sweeping.call("resume", "sweep.yaml")
+    assert (code, output) == (1, "")
+    assert one_line(errors) == "metaopt: sweep 'sweep' has not been started: metaopt sweep run does that"
+    (place / "study.json").write_text('"of a sweep whose database was removed"')
+    for command in ("run", "resume", "status", "show"):
+        code, output, errors = sweeping.call(command, "sweep.yaml")
+        assert (code, output) == (1, "")
+        assert one_line(errors) == (
+            "metaopt: runs/sweeps/sweep holds the trials of a sweep, but not its database sweep.db: "
+            "name that one with --storage, put it back, or move the folder away and start anew"
+        )
+        assert [path.name for path in place.iterdir()] == ["study.json"]
+
+
 def test_a_locked_database_is_said_in_one_line(tmp_path):
     sweeping = Sweeping(tmp_path)
     (tmp_path / "runs/sweeps/sweep").mkdir(parents=True)
