@@ -63,7 +63,7 @@ class JSONL(Run):
         """Write one line with all columns.
 
         Raises:
-            ValueError: fewer than two columns, or columns of different lengths.
+            ValueError: fewer than two columns, columns of different lengths, or empty ones.
         """
         curves = {"kind": "curves", "name": name, "columns": columns_as_lists(columns)}
         self._write({**self._fields, "step": step, **curves})

@@ -67,7 +67,7 @@ def columns_as_lists(columns: Mapping[str, Sequence[float]]) -> dict[str, list[A
     """The columns of curves as lists of numbers.
 
     Raises:
-        ValueError: fewer than two columns, or columns of different lengths.
+        ValueError: fewer than two columns, columns of different lengths, or empty ones.
     """
     lists = {str(name): _converted(column) if _is_array(column) else list(column) for name, column in columns.items()}
     lengths = {name: len(column) for name, column in lists.items()}
@@ -75,6 +75,8 @@ def columns_as_lists(columns: Mapping[str, Sequence[float]]) -> dict[str, list[A
         raise ValueError(f"columns must be an x-axis and one curve or more, got columns {list(lists)}")
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns must have the same length, got lengths {lengths}")
+    if not any(lengths.values()):
+        raise ValueError(f"columns must have one row or more, got lengths {lengths}")
     return lists
 
 

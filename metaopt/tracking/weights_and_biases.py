@@ -97,7 +97,7 @@ class WandB(Run):
         What is more than wandb's tables hold (10,000 rows) is thinned out evenly.
 
         Raises:
-            ValueError: fewer than two columns, or columns of different lengths.
+            ValueError: fewer than two columns, columns of different lengths, or empty ones.
         """
         lists = columns_as_lists(columns)
         if self._run is None:

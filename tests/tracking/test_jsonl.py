@@ -287,6 +287,7 @@ def test_names_that_the_line_needs_are_refused(path: Path) -> None:
     [
         ({"x": [0, 1], "y": [0]}, r"columns must have the same length, got lengths {'x': 2, 'y': 1}"),
         ({"x": [0, 1]}, r"columns must be an x-axis and one curve or more, got columns \['x'\]"),
+        ({"x": [], "y": []}, r"columns must have one row or more, got lengths {'x': 0, 'y': 0}"),
     ],
 )
 def test_columns_that_are_no_curves_are_refused(path: Path, columns: Any, message: str) -> None:
