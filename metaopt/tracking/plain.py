@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
@@ -78,6 +79,27 @@ def columns_as_lists(columns: Mapping[str, Sequence[float]]) -> dict[str, list[A
     if not any(lengths.values()):
         raise ValueError(f"columns must have one row or more, got lengths {lengths}")
     return lists
+
+
+def whole_step(step: Any) -> int:
+    """A step as Python's integer; those of numpy and torch are taken.
+
+    Raises:
+        TypeError: it is none. Whoever compares steps later, to rewind, could do nothing with it.
+
+    Example:
+        >>> whole_step("3")
+        Traceback (most recent call last):
+        ...
+        TypeError: step must be an integer, got step='3'
+    """
+    truth = isinstance(step, bool) or "bool" in str(getattr(step, "dtype", ""))
+    try:
+        if not truth:
+            return operator.index(step)
+    except TypeError:
+        pass
+    raise TypeError(f"step must be an integer, got step={step!r}")
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, Any]]:
