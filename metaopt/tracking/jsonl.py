@@ -31,6 +31,7 @@ class JSONL(Run):
 
     Raises:
         ValueError: a field called ``step`` or ``kind``.
+        OSError: its folder cannot be made.
 
     Example:
         >>> import tempfile
@@ -44,7 +45,8 @@ class JSONL(Run):
     def __init__(self, path: Path | str, **fields: Any) -> None:
         _refuse_taken("fields", fields, _OURS)
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _explained(f"cannot make the folder {self.path.parent} for {self.path.name}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fields = fields
         self._whole = False  # whether the last line is known to be complete
 

@@ -52,6 +52,18 @@ def plain(value: Any) -> Any:
     return plain(converted)
 
 
+def plain_config(config: Any) -> dict[str, Any]:
+    """The configuration of a run, plain; None is an empty one.
+
+    Raises:
+        TypeError: neither a dataclass nor a mapping.
+    """
+    config = plain({} if config is None else config)
+    if not isinstance(config, dict):
+        raise TypeError(f"config must be a dataclass or a mapping, got config={config!r}")
+    return config
+
+
 def scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested metrics as one level of scalars: what a chart can show.
 
