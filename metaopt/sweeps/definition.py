@@ -172,7 +172,9 @@ def parse(text: str, source: str = "sweep") -> Sweep:
     at.known((*_KEYS, *_TEXTS, *_SERVED, "controller"))
     for key in _SERVED:
         if key in at.value:
-            raise at.error(f"{key} needs wandb's servers; a sweep that is run here has a program and a metric")
+            meant = _did_you_mean(key, _KEYS)
+            why = f"{key} needs wandb's servers; a sweep that is run here has a program and a metric"
+            raise at.error(f"{key}{meant} ({why})" if meant else why)
     method = cast(Method, at.one_of("method", ("grid", "random", "bayes")))
     metric = _metric(at / "metric") if "metric" in at.value else None
     rule = _hyperband(at / "early_terminate") if "early_terminate" in at.value else None

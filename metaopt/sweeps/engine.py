@@ -41,7 +41,7 @@ def named(sweep: Sweep, path: Path) -> Sweep:
 
 def folder(sweep: Sweep) -> Path:
     """Where the results of a sweep are: in a folder of its name, as far as that can be one."""
-    return FOLDER / (re.sub(r"[^\w.-]+", "-", str(sweep.name)).lstrip(".") or "sweep")
+    return FOLDER / (re.sub(r"[^\w.-]+", "-", str(sweep.name)).lstrip(".-") or "sweep")
 
 
 def default_storage(sweep: Sweep) -> str:

@@ -152,6 +152,10 @@ MISTAKES = {
     f"{{{BASE}, method: grid, job: x}}": (
         "sweep.yaml: job needs wandb's servers; a sweep that is run here has a program and a metric"
     ),
+    f"{{{BASE}, method: grid, metrics: {{name: loss}}}}": (
+        "sweep.yaml: metrics; did you mean 'metric'? "
+        "(metrics needs wandb's servers; a sweep that is run here has a program and a metric)"
+    ),
     "{method: grid, parameters: {a: {value: 1}}}": (
         "sweep.yaml: program is missing: the script to run, such as program: train.py"
     ),

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from metaopt.sweeps import SweepError, parse, process
+from metaopt.sweeps import SweepError, engine, parse, process
 from metaopt.sweeps.storage import Timing, open_storage
 from metaopt.sweeps.study import DEATHS, Queue, create, deaths, find, latest, outcome, recover, retry_failed, root, size
 from tests.sweeps.sweeping import REPOSITORY
@@ -142,6 +142,14 @@ def test_a_study_is_found_by_those_who_search_for_the_same(storage):
         find(parse(GRID.replace("grid", "random")), storage)
     with pytest.raises(SweepError, match="has been started already"):
         create(parse(GRID), storage)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("../../../evil", "evil"), ("--storage=x", "storage-x"), ("..", "sweep"), ("a-b.c", "a-b.c"), ("a/b", "a-b")],
+)
+def test_results_are_in_a_folder_that_is_neither_hidden_nor_elsewhere_nor_an_option(name, folder):
+    assert engine.folder(parse(GRID.replace("one", name))) == engine.FOLDER / folder
 
 
 def test_sweeps_know_nothing_of_the_rest_of_the_package():
