@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from metaopt.sweeps import Sweep
+    from metaopt.sweeps.storage import Timing
 
 try:
     import tyro
@@ -25,8 +26,8 @@ URL = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 
 
 @dataclass(frozen=True)
-class Resume:
-    """Go on with a sweep that was stopped or killed, or join it from another machine."""
+class _Local:
+    """What a sweep that runs here takes."""
 
     file: Positional[Path]
     """A sweep file in wandb's format."""
@@ -41,12 +42,29 @@ class Resume:
     patience: float = 60.0
     """Seconds that a locked or unreachable database is waited for."""
 
-    def __call__(self) -> int:
-        return _local(self, new=False)
+    def timing(self) -> Timing:
+        from metaopt.sweeps.storage import Timing
+
+        return Timing(self.heartbeat, self.stop, self.patience)
 
 
 @dataclass(frozen=True)
-class Run(Resume):
+class Resume(_Local):
+    """Go on with a sweep that was stopped or killed, or join it from another machine."""
+
+    retry_failed: bool = False
+    """Run what has failed once more, with the same parameters."""
+
+    def __call__(self) -> int:
+        sweep = _named(self.file)
+        from metaopt.sweeps import engine
+
+        timing, again = self.timing(), self.retry_failed
+        return engine.resume(sweep, self.storage, workers=self.workers, timing=timing, retry_failed=again)
+
+
+@dataclass(frozen=True)
+class Run(_Local):
     """Start a sweep, and run it until nothing is left."""
 
     engine: Literal["local", "wandb"] = "local"
@@ -58,7 +76,10 @@ class Run(Resume):
             from metaopt.sweeps.server import run
 
             return run(read(self.file), self.workers)
-        return _local(self, new=True)
+        sweep = _named(self.file)
+        from metaopt.sweeps import engine
+
+        return engine.run(sweep, self.storage, workers=self.workers, timing=self.timing())
 
 
 @dataclass(frozen=True)
@@ -173,15 +194,6 @@ def _expected(error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):
         return False
     return type(error).__module__.partition(".")[0] == "metaopt" or isinstance(error, ImportError)
-
-
-def _local(options: Resume, *, new: bool) -> int:
-    sweep = _named(options.file)
-    from metaopt.sweeps import engine
-    from metaopt.sweeps.storage import Timing
-
-    timing = Timing(options.heartbeat, options.stop, options.patience)
-    return (engine.run if new else engine.resume)(sweep, options.storage, workers=options.workers, timing=timing)
 
 
 def _named(file: Path) -> Sweep:

@@ -172,7 +172,9 @@ def parse(text: str, source: str = "sweep") -> Sweep:
     at.known((*_KEYS, *_TEXTS, *_SERVED, "controller"))
     for key in _SERVED:
         if key in at.value:
-            raise at.error(f"{key} needs wandb's servers; a sweep that is run here has a program and a metric")
+            meant = _did_you_mean(key, _KEYS)
+            why = f"{key} needs wandb's servers; a sweep that is run here has a program and a metric"
+            raise at.error(f"{key}{meant} ({why})" if meant else why)
     method = cast(Method, at.one_of("method", ("grid", "random", "bayes")))
     metric = _metric(at / "metric") if "metric" in at.value else None
     rule = _hyperband(at / "early_terminate") if "early_terminate" in at.value else None
@@ -267,10 +269,12 @@ class _Place:
 def _load(text: str, source: str) -> dict[Any, Any]:
     try:
         import yaml
+
+        from metaopt.sweeps.unique_keys import UniqueKeys
     except ImportError:
         raise ImportError("sweep files need PyYAML: pip install 'metaopt[sweeps]'") from None
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -22,12 +22,13 @@ import optuna
 from metaopt.sweeps import worker
 from metaopt.sweeps.command import expand
 from metaopt.sweeps.definition import Sweep, SweepError
-from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import best, create, find, latest, outcome, recover, size
+from metaopt.sweeps.storage import StorageError, Timing, exclusive, one_line, open_storage, parse
+from metaopt.sweeps.study import best, create, find, finite, in_words, latest, outcome, recover, retry_failed, size
 from metaopt.sweeps.worker import say
 
 FOLDER = Path("runs") / "sweeps"
 
+_OWNER = "study.json"  # in the folder of results: whose they are
 _CONNECTING = 15.0  # seconds that it may take to find out that there is no server
 _TWICE = 0.5  # seconds within which a second signal is the first once more, from a program that passes it on
 _HASTY = 3.0  # seconds; a worker that dies within has a reason that will not go away
@@ -40,12 +41,30 @@ def named(sweep: Sweep, path: Path) -> Sweep:
 
 def folder(sweep: Sweep) -> Path:
     """Where the results of a sweep are: in a folder of its name, as far as that can be one."""
-    return FOLDER / (re.sub(r"[^\w.-]+", "-", str(sweep.name)).lstrip(".") or "sweep")
+    return FOLDER / (re.sub(r"[^\w.-]+", "-", str(sweep.name)).lstrip(".-") or "sweep")
 
 
 def default_storage(sweep: Sweep) -> str:
     """Its database, unless another is named: an SQLite file beside the results."""
     return f"sqlite:///{folder(sweep) / 'sweep.db'}"
+
+
+def check_started(sweep: Sweep, *, new: bool = False) -> None:
+    """Before the database beside the results is used: whether it is there, or may be made.
+
+    Raises:
+        SweepError: it is gone, and the results of its trials are there; or it has to be there and nothing is.
+    """
+    place, file = folder(sweep), Path(str(parse(default_storage(sweep)).database))
+    if file.exists():
+        return
+    if (place / _OWNER).exists():
+        raise SweepError(
+            f"{place} holds the trials of a sweep, but not its database {file.name}: name that one with --storage, "
+            "put it back, or move the folder away and start anew"
+        )
+    if not new:
+        raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that")
 
 
 def run(sweep: Sweep, storage: str | None = None, *, workers: int = 1, timing: Timing | None = None) -> int:
@@ -67,17 +86,28 @@ def run(sweep: Sweep, storage: str | None = None, *, workers: int = 1, timing: T
     return _start(sweep, storage, workers, timing or Timing(), new=True)
 
 
-def resume(sweep: Sweep, storage: str | None = None, *, workers: int = 1, timing: Timing | None = None) -> int:
-    """Go on with a sweep, or join it from another machine: the arguments are those of `run`.
+def resume(
+    sweep: Sweep,
+    storage: str | None = None,
+    *,
+    workers: int = 1,
+    timing: Timing | None = None,
+    retry_failed: bool = False,
+) -> int:
+    """Go on with a sweep, or join it from another machine.
+
+    Args:
+        sweep, storage, workers, timing: as for `run`.
+        retry_failed: whether trials that have failed are run once more, with the same parameters.
 
     Raises:
         SweepError: it has not been started, or with another method, metric or parameters.
         StorageError: the database cannot be used.
     """
-    return _start(sweep, storage, workers, timing or Timing(), new=False)
+    return _start(sweep, storage, workers, timing or Timing(), new=False, again=retry_failed)
 
 
-def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, new: bool) -> int:
+def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, new: bool, again: bool = False) -> int:
     if workers < 1:
         raise SweepError(f"workers must be >= 1, got {workers}")
     if timing.heartbeat < 1:
@@ -87,15 +117,15 @@ def _start(sweep: Sweep, storage: str | None, workers: int, timing: Timing, *, n
     place = folder(sweep)
     if storage is None:
         storage = default_storage(sweep)
-        if new:
-            place.mkdir(parents=True, exist_ok=True)
-        elif not place.is_dir():
-            raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that")
+        check_started(sweep, new=new)
+        place.mkdir(parents=True, exist_ok=True)
     database = open_storage(storage, timing, create=new)
     with one_line(storage), exclusive(database, str(sweep.name)):
         study = create(sweep, database) if new else find(sweep, database)
         _claim_folder(place, study.user_attrs["id"])
         recover(study)
+        if again:
+            retry_failed(study)
     if size(sweep) is None:
         say("no run_cap: in its file: the sweep goes on until Ctrl-C")
     return _Engine(sweep, storage, workers, timing).supervise()
@@ -113,7 +143,7 @@ def _check_program(sweep: Sweep) -> None:
 def _claim_folder(place: Path, identity: str) -> None:
     """Results and checkpoints of another study of the same name must not be taken for this one's."""
     place.mkdir(parents=True, exist_ok=True)
-    owner = place / "study.json"
+    owner = place / _OWNER
     if owner.exists() and json.loads(owner.read_text(encoding="utf-8")) != identity:
         raise SweepError(f"{place} holds the trials of another sweep of this name: move it away")
     owner.write_text(json.dumps(identity), encoding="utf-8")
@@ -259,7 +289,7 @@ class _Engine:
         return int(failed)
 
     def _summary(self) -> bool:
-        """Print how many trials ended how; whether all failed."""
+        """Print how many trials ended how; whether all failed or, with a metric, have none that is finite."""
         database = open_storage(self.storage, self.timing, create=False)
         with one_line(self.storage):
             with exclusive(database, str(self.sweep.name)):
@@ -272,8 +302,12 @@ class _Engine:
         ranked = best(trials, self.sweep)
         if ranked and self.sweep.metric is not None:
             number, trial = ranked[0]
-            line += f"; best {self.sweep.metric.name} {trial.value:.6g} (trial {number})"
+            line += f"; best {self.sweep.metric.name} {in_words(trial.value)} (trial {number})"
+        if "failed" in outcomes:
+            line += "; what failed stays so: metaopt sweep resume --retry-failed runs it once more"
         say(line)
+        if ranked:
+            return not finite(ranked)
         return "failed" in outcomes and "complete" not in outcomes
 
 

@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from metaopt.sweeps.definition import Sweep, SweepError
-from metaopt.sweeps.engine import default_storage, folder
+from metaopt.sweeps.engine import check_started, default_storage, folder
 from metaopt.sweeps.process import alive
-from metaopt.sweeps.storage import Timing, one_line, open_storage, parse
-from metaopt.sweeps.study import best, find, latest, outcome, size, why
+from metaopt.sweeps.storage import Timing, one_line, open_storage
+from metaopt.sweeps.study import best, find, finite, in_words, latest, outcome, size, why
 
 _QUICK = Timing(patience=10.0)  # nobody waits a minute for a table
 _OUTCOMES = ("complete", "pruned", "failed", "running", "cut off", "waiting")
@@ -35,8 +35,7 @@ def load(sweep: Sweep, storage: str | None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if storage is None:
         storage = default_storage(sweep)
-        if not Path(str(parse(storage).database)).exists():
-            raise SweepError(f"sweep {sweep.name!r} has not been started: metaopt sweep run does that")
+        check_started(sweep)
     database = open_storage(storage, _QUICK, create=False)
     with one_line(storage):
         return find(sweep, database)
@@ -68,7 +67,9 @@ def status(sweep: Sweep, storage: str | None = None, console: Console | None = N
     ranked = best(trials, sweep)
     if ranked and sweep.metric is not None:
         number, trial = ranked[0]
-        console.print(f"best {sweep.metric.name} {trial.value:.6g}: trial {number}, {_words(trial)}", markup=False)
+        console.print(
+            f"best {sweep.metric.name} {in_words(trial.value)}: trial {number}, {_words(trial)}", markup=False
+        )
     running = [number for number, found in outcomes.items() if found == "running"]
     if running:
         console.print(_listed("running", {number: trials[number] for number in running}, "for", _age))
@@ -110,8 +111,11 @@ def show(sweep: Sweep, storage: str | None = None, top: int = 10, console: Conso
         table.add_column(heading, justify="right")
     for number, trial in ranked[:top]:
         config = trial.user_attrs["config"]
-        table.add_row(str(number), f"{trial.value:.6g}", *(escape(_word(config.get(name))) for name in names))
+        table.add_row(str(number), in_words(trial.value), *(escape(_word(config.get(name))) for name in names))
     console.print(table)
+    if not finite(ranked):
+        console.print(f"no trial has a finite {sweep.metric.name}: importance of parameters not known", markup=False)
+        return None
     _importances(study, console)
     return _picture(sweep, trials, names, console)
 

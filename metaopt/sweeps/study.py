@@ -170,10 +170,26 @@ def recover(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         fail_stale_trials(study)
-        again = RetryHeartbeatStaleTrialCallback()
     for trial in latest(study.get_trials()).values():
         if outcome(trial) == "cut off":
-            again(study, trial)
+            _again(study, trial)
+
+
+def retry_failed(study: optuna.Study) -> None:
+    """Queue again, once, what failed by its own fault, with the same parameters. To be called under the lock."""
+    for trial in latest(study.get_trials()).values():
+        if outcome(trial) == "failed":
+            if trial.user_attrs.pop("error", None) is not None:
+                trial.user_attrs["stops"] = int(trial.user_attrs.get("stops", 0)) + 1  # no worker died of it
+            _again(study, trial)
+
+
+def _again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue the successor of the last trial of a line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        again = RetryHeartbeatStaleTrialCallback()
+    again(study, trial)
 
 
 def root(trial: FrozenTrial) -> int:
@@ -230,6 +246,21 @@ def reached(trials: Mapping[int, FrozenTrial], sweep: Sweep) -> bool:
         return False
     value = float(ranked[0][1].value or 0.0)
     return value >= sweep.metric.target if sweep.metric.goal == "maximize" else value <= sweep.metric.target
+
+
+def finite(ranked: Iterable[tuple[int, FrozenTrial]]) -> bool:
+    """Whether any of the complete trials has a metric that is a finite number."""
+    return any(math.isfinite(trial.value or 0.0) for _, trial in ranked)
+
+
+def in_words(value: float | None) -> str:
+    """A metric in words: what stands for one that is not finite (`worst`) was measured by nobody.
+
+    Example:
+        >>> in_words(0.25), in_words(math.inf)
+        ('0.25', 'not finite')
+    """
+    return f"{value:.6g}" if value is not None and math.isfinite(value) else "not finite"
 
 
 def worst(sweep: Sweep) -> float:

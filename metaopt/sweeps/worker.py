@@ -24,7 +24,7 @@ from metaopt.sweeps import process
 from metaopt.sweeps.definition import Sweep, SweepError
 from metaopt.sweeps.metric import Metric
 from metaopt.sweeps.storage import ERRORS, StorageError, Timing, exclusive, one_line, open_storage
-from metaopt.sweeps.study import Queue, find, in_one_line, recover, root
+from metaopt.sweeps.study import Queue, find, in_one_line, in_words, recover, root
 from metaopt.sweeps.trial import Failed, Pruned, Stopped, run_trial
 
 # What a worker ends with
@@ -151,7 +151,7 @@ class Worker:
             trial.set_user_attr("stops", int(known.get("stops", 0)) + 1)
             say(f"trial {number} stopped, to go on later")
             raise
-        named = f": {self._sweep.metric.name} {value:.6g}" if self._sweep.metric is not None else " complete"
+        named = f": {self._sweep.metric.name} {in_words(value)}" if self._sweep.metric is not None else " complete"
         say(f"trial {number}{named} ({time.monotonic() - started:.1f} s)")
         return value
 

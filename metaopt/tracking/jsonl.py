@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metaopt.tracking.plain import columns_as_lists, dumps
+from metaopt.tracking.plain import columns_as_lists, dumps, whole_step
 from metaopt.tracking.tracker import Run
 
 _OURS = ("step", "kind")
@@ -31,6 +31,7 @@ class JSONL(Run):
 
     Raises:
         ValueError: a field called ``step`` or ``kind``.
+        OSError: its folder cannot be made.
 
     Example:
         >>> import tempfile
@@ -44,7 +45,8 @@ class JSONL(Run):
     def __init__(self, path: Path | str, **fields: Any) -> None:
         _refuse_taken("fields", fields, _OURS)
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _explained(f"cannot make the folder {self.path.parent} for {self.path.name}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fields = fields
         self._whole = False  # whether the last line is known to be complete
 
@@ -52,28 +54,35 @@ class JSONL(Run):
         """Write one line.
 
         Raises:
-            TypeError: a value that JSON cannot hold.
+            TypeError: a value that JSON cannot hold, or a step that is no integer.
             ValueError: a metric called ``step``, ``kind`` or as one of the fields.
             OSError: the line could not be written; what was there before is whole.
         """
         _refuse_taken("metrics", metrics, (*_OURS, *self._fields))
-        self._write({**self._fields, "step": step, **metrics})
+        self._write({**self._fields, "step": whole_step(step), **metrics})
 
     def curves(self, name: str, columns: Mapping[str, Sequence[float]], step: int) -> None:
         """Write one line with all columns.
 
         Raises:
-            ValueError: fewer than two columns, or columns of different lengths.
+            TypeError: a step that is no integer.
+            ValueError: fewer than two columns, columns of different lengths, or empty ones.
         """
         curves = {"kind": "curves", "name": name, "columns": columns_as_lists(columns)}
-        self._write({**self._fields, "step": step, **curves})
+        self._write({**self._fields, "step": whole_step(step), **curves})
 
     def artifact(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one line; it has no step, and no rewinding removes it."""
         self._write({**self._fields, "kind": "artifact", "name": name, "content": content})
 
     def rewind(self, step: int) -> None:
-        """Remove the rows and curves of these very fields from ``step`` on; all at once or, if that fails, none."""
+        """Remove the rows and curves of these very fields from ``step`` on; all at once or, if that fails, none.
+
+        Raises:
+            TypeError: a step that is no integer.
+            OSError: the file could not be written anew.
+        """
+        step = whole_step(step)
         if not self.path.exists():
             return
         fields = json.loads(dumps(self._fields))

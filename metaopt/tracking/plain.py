@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
@@ -51,6 +52,18 @@ def plain(value: Any) -> Any:
     return plain(converted)
 
 
+def plain_config(config: Any) -> dict[str, Any]:
+    """The configuration of a run, plain; None is an empty one.
+
+    Raises:
+        TypeError: neither a dataclass nor a mapping.
+    """
+    config = plain({} if config is None else config)
+    if not isinstance(config, dict):
+        raise TypeError(f"config must be a dataclass or a mapping, got config={config!r}")
+    return config
+
+
 def scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested metrics as one level of scalars: what a chart can show.
 
@@ -67,7 +80,7 @@ def columns_as_lists(columns: Mapping[str, Sequence[float]]) -> dict[str, list[A
     """The columns of curves as lists of numbers.
 
     Raises:
-        ValueError: fewer than two columns, or columns of different lengths.
+        ValueError: fewer than two columns, columns of different lengths, or empty ones.
     """
     lists = {str(name): _converted(column) if _is_array(column) else list(column) for name, column in columns.items()}
     lengths = {name: len(column) for name, column in lists.items()}
@@ -75,7 +88,30 @@ def columns_as_lists(columns: Mapping[str, Sequence[float]]) -> dict[str, list[A
         raise ValueError(f"columns must be an x-axis and one curve or more, got columns {list(lists)}")
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns must have the same length, got lengths {lengths}")
+    if not any(lengths.values()):
+        raise ValueError(f"columns must have one row or more, got lengths {lengths}")
     return lists
+
+
+def whole_step(step: Any) -> int:
+    """A step as Python's integer; those of numpy and torch are taken.
+
+    Raises:
+        TypeError: it is none. Whoever compares steps later, to rewind, could do nothing with it.
+
+    Example:
+        >>> whole_step("3")
+        Traceback (most recent call last):
+        ...
+        TypeError: step must be an integer, got step='3'
+    """
+    truth = isinstance(step, bool) or "bool" in str(getattr(step, "dtype", ""))
+    try:
+        if not truth:
+            return operator.index(step)
+    except TypeError:
+        pass
+    raise TypeError(f"step must be an integer, got step={step!r}")
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metaopt.tracking.jsonl import JSONL
+from metaopt.tracking.plain import plain_config
 from metaopt.tracking.several import Several
 from metaopt.tracking.tracker import Run
 from metaopt.tracking.wandb_setup import asked_mode, imported
@@ -35,7 +36,9 @@ def start(
             without wandb where it is not installed; "off" is the record alone.
 
     Raises:
+        TypeError: a config that is neither, with wandb or without.
         ValueError: an unknown ``wandb``.
+        OSError: the folder cannot be made, as where it is a file.
         ImportError: wandb is not installed, and ``wandb`` is "offline" or "online".
         RuntimeError: wandb could not start the run.
 
@@ -48,6 +51,7 @@ def start(
     """
     if wandb not in ("auto", "off", "offline", "online"):
         raise ValueError(f"wandb must be 'auto', 'off', 'offline' or 'online', got wandb={wandb!r}")
+    config = plain_config(config)
     mode = None if wandb == "auto" else wandb
     record = JSONL(Path(folder) / "record.jsonl")
     if wandb == "off" or asked_mode(mode) == "disabled":

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metaopt.tracking.plain import columns_as_lists, dumps, plain, scalars
+from metaopt.tracking.plain import columns_as_lists, dumps, plain_config, scalars
 from metaopt.tracking.tracker import Run
 from metaopt.tracking.wandb_setup import asked_mode, begin, imported
 
@@ -65,9 +65,7 @@ class WandB(Run):
         axis: str = "meta_step",
         **options: Any,
     ) -> None:
-        config = plain({} if config is None else config)
-        if not isinstance(config, dict):
-            raise TypeError(f"config must be a dataclass or a mapping, got config={config!r}")
+        config = plain_config(config)
         self._axis = axis
         self._prefix: tuple[str, ...] = ()
         self._run: Any = None
@@ -97,7 +95,7 @@ class WandB(Run):
         What is more than wandb's tables hold (10,000 rows) is thinned out evenly.
 
         Raises:
-            ValueError: fewer than two columns, or columns of different lengths.
+            ValueError: fewer than two columns, columns of different lengths, or empty ones.
         """
         lists = columns_as_lists(columns)
         if self._run is None:

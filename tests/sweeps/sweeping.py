@@ -98,7 +98,7 @@ class Sweeping:
         return subprocess.Popen(
             [sys.executable, "-c", start, "sweep", *words],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", **environment},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", "WANDB_MODE": "offline", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -131,6 +131,12 @@ MISTAKES = {
     "": "sweep.yaml: a sweep is a mapping (program:, method:, parameters:), got an empty file",
     "[1]": "sweep.yaml: a sweep is a mapping (program:, method:, parameters:), got list",
     "{a: [1, }": "sweep.yaml: line 1, column 9: expected the node content, but found '}'",
+    f"{{{BASE}, method: grid, run_cap: 2, 'run_cap': 3}}": (
+        "sweep.yaml: line 1, column 69: the key 'run_cap' stands here a second time"
+    ),
+    "program: a\nparameters:\n  lr: {value: 1}\n  lr: {value: 2}\n": (
+        "sweep.yaml: line 4, column 3: the key 'lr' stands here a second time"
+    ),
     # its keys
     "{program: a}": "sweep.yaml: method is missing: grid, random, bayes",
     f"{{{BASE}, method: gird}}": (
@@ -145,6 +151,10 @@ MISTAKES = {
     f"{{{BASE}, method: grid, run_cap: true}}": "sweep.yaml: run_cap must be a whole number, got True",
     f"{{{BASE}, method: grid, job: x}}": (
         "sweep.yaml: job needs wandb's servers; a sweep that is run here has a program and a metric"
+    ),
+    f"{{{BASE}, method: grid, metrics: {{name: loss}}}}": (
+        "sweep.yaml: metrics; did you mean 'metric'? "
+        "(metrics needs wandb's servers; a sweep that is run here has a program and a metric)"
     ),
     "{method: grid, parameters: {a: {value: 1}}}": (
         "sweep.yaml: program is missing: the script to run, such as program: train.py"

@@ -31,6 +31,8 @@ match sys.argv[1]:
     case "--kind=diverges":
         log(1.0)
         log(float("nan"))
+    case "--kind=overflows":
+        log(float("-inf"))
     case "--kind=fine":
         log(2.0)
         log(0.5)
@@ -83,7 +85,10 @@ def test_a_program_that_fails_is_recorded_with_its_last_words_and_the_others_run
     sweeping = Sweeping(tmp_path, KINDS, BY_KIND)
     code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
     assert (code, errors) == (0, "")
-    assert output.splitlines()[-1] == "2 complete, 3 failed; best loss 0.5 (trial 2)"
+    assert output.splitlines()[-1] == (
+        "2 complete, 3 failed; best loss 0.5 (trial 2); "
+        "what failed stays so: metaopt sweep resume --retry-failed runs it once more"
+    )
     raised, diverged, fine, killed, silent = sweeping.study().trials
     assert raised.user_attrs["error"].splitlines()[0] == "the program ended with exit code 1"
     assert raised.user_attrs["error"].splitlines()[1] == "a word before"
@@ -112,6 +117,32 @@ def test_a_program_that_fails_is_recorded_with_its_last_words_and_the_others_run
     assert one_line(errors).startswith("metaopt: metric and parameters changed in the file since sweep 'sweep'")
 
 
+def test_a_sweep_whose_every_value_is_not_finite_has_found_nothing(tmp_path):
+    sweeping = Sweeping(
+        tmp_path, KINDS.replace("raises, diverges, fine, killed, silent", "diverges, overflows"), BY_KIND
+    )
+    code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
+    assert (code, errors) == (1, "")
+    assert output.splitlines()[-1] == "2 complete; best loss not finite (trial 0)"
+    assert "best loss not finite: trial 0, kind=diverges" in sweeping.call("status", "sweep.yaml")[1]
+    code, output, errors = sweeping.call("show", "sweep.yaml")
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[-1] == "no trial has a finite loss: importance of parameters not known"
+    assert not (tmp_path / "runs/sweeps/sweep/sweep.svg").exists()
+
+
+def test_what_failed_is_run_once_more_if_that_is_asked_for(tmp_path):
+    sweeping = Sweeping(tmp_path, KINDS.replace("raises, diverges, fine, killed, silent", "raises, killed"), BY_KIND)
+    code, output, errors = sweeping.run("run", "sweep.yaml", "--workers", "2")
+    assert (code, errors) == (1, "")
+    assert output.splitlines()[-1].startswith("2 failed; what failed stays so: ")
+    (tmp_path / "program.py").write_text(BY_KIND.replace("raise RuntimeError", "log(3.0) #"))
+    code, output, errors = sweeping.run("resume", "sweep.yaml", "--retry-failed", "--workers", "2")
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[-1].startswith("1 complete, 1 failed; best loss 3 (trial 0); what failed stays so: ")
+    assert [trial.user_attrs["config"]["kind"] for trial in sweeping.study().trials] == ["raises", "killed"] * 2
+
+
 def test_a_full_disk_ends_the_sweep_and_resume_finishes_it(tmp_path):
     sweeping = Sweeping(tmp_path, LONG)
     code, output, errors = sweeping.run("run", "sweep.yaml", "--patience", "1", before=FULL)
@@ -123,6 +154,23 @@ def test_a_full_disk_ends_the_sweep_and_resume_finishes_it(tmp_path):
     assert (code, errors) == (0, "")
     assert "4 complete" in output
     assert sweeping.lives().total() == 4
+
+
+def test_results_without_their_database_are_said_to_be_that_by_every_command(sweeping, tmp_path):
+    place = tmp_path / "runs/sweeps/sweep"
+    place.mkdir(parents=True)
+    code, output, errors = sweeping.call("resume", "sweep.yaml")
+    assert (code, output) == (1, "")
+    assert one_line(errors) == "metaopt: sweep 'sweep' has not been started: metaopt sweep run does that"
+    (place / "study.json").write_text('"of a sweep whose database was removed"')
+    for command in ("run", "resume", "status", "show"):
+        code, output, errors = sweeping.call(command, "sweep.yaml")
+        assert (code, output) == (1, "")
+        assert one_line(errors) == (
+            "metaopt: runs/sweeps/sweep holds the trials of a sweep, but not its database sweep.db: "
+            "name that one with --storage, put it back, or move the folder away and start anew"
+        )
+        assert [path.name for path in place.iterdir()] == ["study.json"]
 
 
 def test_a_locked_database_is_said_in_one_line(tmp_path):

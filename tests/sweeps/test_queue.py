@@ -11,9 +11,9 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from metaopt.sweeps import SweepError, parse, process
+from metaopt.sweeps import SweepError, engine, parse, process
 from metaopt.sweeps.storage import Timing, open_storage
-from metaopt.sweeps.study import DEATHS, Queue, create, find, latest, outcome, recover, root, size
+from metaopt.sweeps.study import DEATHS, Queue, create, deaths, find, latest, outcome, recover, retry_failed, root, size
 from tests.sweeps.sweeping import REPOSITORY
 
 GRID = """
@@ -118,6 +118,23 @@ def test_a_trial_that_is_stopped_again_and_again_is_not(storage):
     assert [outcome(trial) for trial in latest(study.trials).values()] == ["waiting"]
 
 
+def test_what_failed_is_queued_once_more_and_its_own_fault_killed_no_worker(storage):
+    study, queue = started(storage, GRID.replace("[1, 2, 3]", "[1]").replace("[a, b]", "[a]"))
+    assert queue.ready()
+    trial = take(study, process.mark(os.getpid()))
+    trial.set_user_attr("error", "the program ended with exit code 1")
+    study.tell(trial, state=TrialState.FAIL)
+    assert not queue.ready()
+    retry_failed(study)
+    retry_failed(study)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert queue.ready()
+    again = take(study, process.mark(os.getpid()))
+    assert again.user_attrs["config"] == trial.user_attrs["config"]
+    study.tell(again, state=TrialState.FAIL)  # its worker dies
+    assert [(outcome(last), deaths(last), root(last)) for last in latest(study.trials).values()] == [("cut off", 1, 0)]
+
+
 def test_a_study_is_found_by_those_who_search_for_the_same(storage):
     started(storage)
     assert find(parse(GRID + "run_cap: 9"), storage).user_attrs["text"] == GRID
@@ -125,6 +142,14 @@ def test_a_study_is_found_by_those_who_search_for_the_same(storage):
         find(parse(GRID.replace("grid", "random")), storage)
     with pytest.raises(SweepError, match="has been started already"):
         create(parse(GRID), storage)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("../../../evil", "evil"), ("--storage=x", "storage-x"), ("..", "sweep"), ("a-b.c", "a-b.c"), ("a/b", "a-b")],
+)
+def test_results_are_in_a_folder_that_is_neither_hidden_nor_elsewhere_nor_an_option(name, folder):
+    assert engine.folder(parse(GRID.replace("one", name))) == engine.FOLDER / folder
 
 
 def test_sweeps_know_nothing_of_the_rest_of_the_package():

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -282,11 +283,32 @@ def test_names_that_the_line_needs_are_refused(path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("step", [None, "3", True, 3.0, np.bool_(True), torch.tensor(True), torch.tensor([1, 2])])
+def test_a_step_that_is_no_integer_is_refused(path: Path, step: Any) -> None:
+    run = JSONL(path)
+    for call in (
+        lambda: run.log({}, step),
+        lambda: run.curves("a", {"x": [0], "y": [1]}, step),
+        lambda: run.rewind(step),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"step must be an integer, got step={step!r}")):
+            call()
+    assert not path.exists()
+
+
+def test_integers_of_numpy_and_torch_are_steps(path: Path) -> None:
+    run = JSONL(path)
+    for step in (0, np.int64(1), torch.tensor(2)):
+        run.log({}, step)
+    assert rows(path) == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"x": [0, 1], "y": [0]}, r"columns must have the same length, got lengths {'x': 2, 'y': 1}"),
         ({"x": [0, 1]}, r"columns must be an x-axis and one curve or more, got columns \['x'\]"),
+        ({"x": [], "y": []}, r"columns must have one row or more, got lengths {'x': 0, 'y': 0}"),
     ],
 )
 def test_columns_that_are_no_curves_are_refused(path: Path, columns: Any, message: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from metaopt.tracking import JSONL, Nothing, Run, Several, complete
+from metaopt.tracking import JSONL, Nothing, Run, Several, WandB, complete, start
 
 
 class Log:
@@ -109,6 +109,28 @@ def test_an_argument_that_the_record_refuses_reaches_no_other(tmp_path: Path) ->
         run.log({"model": object()}, 0)
     run.log({}, 1)
     assert other.calls == [({}, 1)]
+
+
+def test_curves_without_a_row_are_refused_and_leave_wandb_in_the_run(tmp_path: Path) -> None:
+    beside = WandB(mode="disabled")  # which checks columns as one that is not
+    run = Several(JSONL(tmp_path / "record.jsonl"), beside)
+    for each in (run, beside):
+        with pytest.raises(ValueError, match=r"columns must have one row or more, got lengths {'x': 0, 'y': 0}"):
+            each.curves("inner", {"x": [], "y": []}, 0)
+    assert not run._failed
+
+
+@pytest.mark.parametrize("wandb", ["auto", "off"])
+def test_a_run_is_not_started_with_a_config_that_is_none_or_in_a_file(
+    tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(TypeError, match=r"config must be a dataclass or a mapping, got config=\[1\]"):
+        start(tmp_path / "run", [1], name="first", wandb=wandb)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=r"cannot make the folder .*file for record.jsonl: File exists"):
+        start(tmp_path / "file", {}, name="first", wandb=wandb)
 
 
 def test_a_block_that_fails_finishes_the_run_as_failed() -> None:
