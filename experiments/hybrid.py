@@ -16,12 +16,13 @@ of training the trial has taken in all, those of every replica of every meta-ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -121,7 +122,7 @@ class Config(Tracked):
         Raises:
             ValueError: one that it does not have, or outside its domain.
         """
-        make = REGISTRY[self.optimizer]
+        make = cast("Callable[..., Optimizer]", REGISTRY[self.optimizer])
         defaults = make().defaults
         parts = {name: PAIRS.get(name, (name,)) for name in defaults}
         mine = {key for keys in parts.values() for key in keys}
@@ -171,15 +172,15 @@ def network(config: Config) -> nn.Module:
     sizes = [INPUTS[config.task], *[config.width] * config.depth]
     layers = [
         layer
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False)
+        for fan_in, fan_out in pairwise(sizes)
         for layer in (nn.Linear(fan_in, fan_out), ACTIVATIONS[config.activation]())
     ]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(config.width, 10))
 
 
 def make_task(config: Config) -> Classification:
-    make = {"mnist1d": MNIST1D, "digits": Digits}[config.task]
-    return make(partial(network, config), batch_size=config.batch_size)
+    kind = MNIST1D if config.task == "mnist1d" else Digits
+    return kind(partial(network, config), batch_size=config.batch_size)
 
 
 def decayed(config: Config, lr: float) -> list[float]:
