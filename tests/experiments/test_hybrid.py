@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -79,28 +81,35 @@ def test_learning_lowers_the_loss_and_every_step_is_counted(tmp_path: Path) -> N
     assert {len(schedule) for schedule in schedules.values()} == {20}
 
 
-def test_a_trial_that_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(
+def test_a_trial_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = hybrid.Config(**SMALL, lr=0.05, learn=("lr",), out=tmp_path / "whole")
-    whole = hybrid.main(config)
+    options = SMALL | {"lr": 0.05, "learn": ("lr", "betas"), "meta_steps": 4}
+    whole = hybrid.main(hybrid.Config(**options, out=tmp_path / "whole"))
     monkeypatch.setenv("METAOPT_CHECKPOINT", str(tmp_path / "checkpoint"))
     monkeypatch.setenv("METAOPT_RECORD", str(tmp_path / "record.jsonl"))
-    learn_one = SMALL | {"out": tmp_path / "out"}
-    monkeypatch.setattr(hybrid, "judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        hybrid.main(hybrid.Config(**learn_one, lr=0.05, learn=("lr",)))
-    monkeypatch.undo()
-    monkeypatch.setenv("METAOPT_CHECKPOINT", str(tmp_path / "checkpoint"))
-    monkeypatch.setenv("METAOPT_RECORD", str(tmp_path / "record.jsonl"))
-    again = hybrid.main(hybrid.Config(**learn_one, lr=0.05, learn=("lr",)))
+    config = hybrid.Config(**options, out=tmp_path / "out")
+    log = hybrid._Counting.log
+
+    def stopped_in_the_second(self: Any, metrics: Any, step: int) -> None:
+        log(self, metrics, step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(hybrid._Counting, "log", stopped_in_the_second)
+        hybrid.main(config)
+    assert [row["inner_steps"] for row in rows(tmp_path)] == [5, 10]
+    again = hybrid.main(config)
     for name in ("validation/loss", "test/loss", "inner_steps"):
         assert again[name] == whole[name]
     # The engine reads the metric where it has told the program to write it.
-    logged = [row.get("validation/loss") for row in rows(tmp_path)]
-    assert logged == [None] * 3 + [whole["validation/loss"]]
+    assert [row["inner_steps"] for row in rows(tmp_path)] == [5, 10, 15, 20, whole["inner_steps"]]
+    assert [row.get("validation/loss") for row in rows(tmp_path)] == [*[None] * 4, whole["validation/loss"]]
 
 
+# of torch: the first meta-step is skipped, and the meta-learning rate annealed all the same
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_a_training_that_diverges_is_counted_and_has_no_loss(tmp_path: Path) -> None:
     config = hybrid.Config(
         **SMALL | {"meta_steps": 12}, optimizer="sgd", lr=1e30, depth=2, activation="relu", learn=("lr",), out=tmp_path
@@ -209,8 +218,11 @@ def test_equal_losses_are_compared_by_the_median_hybrid_sweep() -> None:
     )
 
 
+# of Optuna: nothing runs here that would beat
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_trials_are_read_from_the_sweeps_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep = engine.named(read(FILES / "random.yaml"), FILES / "random.yaml")
     engine.folder(sweep).mkdir(parents=True)
     study = create(sweep, open_storage(engine.default_storage(sweep), Timing(), create=True))
