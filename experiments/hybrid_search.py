@@ -112,6 +112,7 @@ def search(kind: Kind, repeat: int, config: Config) -> list[Trial]:
     print(f"{sweep.name}: {sweep.run_cap} trials", flush=True)
     code = begin(sweep, workers=config.workers)
     if code:
+        print("the study goes on with --resume", file=sys.stderr)
         sys.exit(code)
     return found(sweep)
 

@@ -96,9 +96,10 @@ def test_a_trial_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(hybrid._Counting, "log", stopped_in_the_second)
-        hybrid.main(config)
+        with pytest.raises(SystemExit):
+            hybrid.main(config)
     assert [row["inner_steps"] for row in rows(tmp_path)] == [5, 10]
     again = hybrid.main(config)
     for name in ("validation/loss", "test/loss", "inner_steps"):
@@ -239,10 +240,20 @@ def test_trials_are_read_from_the_sweeps_database(tmp_path: Path, monkeypatch: p
     assert hybrid_search.found(sweep) == expected
 
 
-def test_the_figure_and_the_tables_are_made(tmp_path: Path) -> None:
-    sweeps = {"random": [PLAIN, PLAIN], "bayes": [PLAIN], "hybrid": [HYBRID]}
-    hybrid_search.save_figure(tmp_path / "a.svg", lambda figure: hybrid_search.draw(figure, sweeps), (6.4, 3.6))
-    assert "inner training steps" in (tmp_path / "a.svg").read_text()
-    table = hybrid_search.markdown(hybrid_search.ends(sweeps)).splitlines()
-    assert table[2] == "| random | 0 | 4 | 1,200 | 5 | 1.500 | 1.700 |"
-    assert len({line.count("|") for line in table}) == 1
+def test_the_study_prints_its_tables_and_saves_its_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"random": PLAIN, "bayes": PLAIN[:3], "hybrid": HYBRID}
+    monkeypatch.setattr(hybrid_search, "search", lambda kind, repeat, config: found[kind])
+    compared = hybrid_search.main(hybrid_search.Config(repeats=2, out=tmp_path, wandb="off"))
+    assert [(one.kind, one.repeat, one.steps) for one in compared] == [
+        *(("random", repeat, 1600) for repeat in (0, 1)),
+        *(("bayes", repeat, 1600) for repeat in (0, 1)),
+    ]
+    assert "1,600, 1,600" in capsys.readouterr().out
+    assert "inner training steps" in (tmp_path / "hybrid_search.svg").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| random | 1 | 4 | 1,200 | 5 | 1.500 | 1.700 |" in table
+    assert "| bayes | 0 | 1.500 | 900 | 900 | 1,600, 1,600 | 1.78 | 1.78 |" in table
+    (line,) = (tmp_path / "record.jsonl").read_text().splitlines()
+    assert json.loads(line)["content"]["hybrid"][1][0]["inner_steps"] == 800
