@@ -51,8 +51,8 @@ PAIRS = {"betas": ("beta1", "beta2"), "etas": ("eta_minus", "eta_plus"), "step_s
 class Config(Tracked):
     """Train with given hyperparameters, or learn some of them from there."""
 
-    task: Literal["mnist1d", "digits"] = "mnist1d"
-    steps: int = 100
+    task: Literal["digits", "mnist1d"] = "digits"
+    steps: int = 60
     """Inner training steps: the horizon."""
     batch_size: int = 100
     width: int = 50
@@ -82,8 +82,8 @@ class Config(Tracked):
     """Those of them that get a value for each step."""
     per_parameter: tuple[str, ...] = ()
     """Those of them that get a value for each weight matrix and bias."""
-    meta_steps: int = 20
-    meta_lr: float = 0.2
+    meta_steps: int = 10
+    meta_lr: float = 0.4
     """Adam's learning rate in unconstrained coordinates (log lr, logit beta), annealed to 0."""
     clip: float = 1.0
     """Largest norm of a meta-gradient."""

@@ -2,7 +2,7 @@
 
     python -m experiments.hybrid_search --workers 2 [--resume]
 
-Three sweeps over the same networks and the same hyperparameters of RAdam, on MNIST-1D: at random, by Bayesian
+Three sweeps over the same networks and the same hyperparameters of RAdam, on digits: at random, by Bayesian
 optimization, and hybrid (their files are in ``experiments/sweeps``, the program of their trials is
 ``experiments/hybrid.py``). Each runs several times. They are compared in the inner training steps that they take, those
 of the hypergradients counted, until they find the validation loss that the searches without hypergradients end with.

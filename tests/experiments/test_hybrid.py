@@ -22,7 +22,7 @@ from metaopt.sweeps.storage import Timing, open_storage
 from metaopt.sweeps.study import create
 from metaopt.tasks import MNIST1D
 
-SMALL: dict[str, Any] = {"steps": 5, "width": 4, "batch_size": 10, "seeds": 2, "meta_steps": 3, "wandb": "off"}
+SMALL: dict[str, Any] = {"task": "mnist1d", "steps": 5, "width": 4, "batch_size": 10, "seeds": 2, "meta_steps": 3, "wandb": "off"}
 FILES = Path(hybrid_search.FILES)
 
 
