@@ -1,6 +1,6 @@
 """Hybrid search: what can be differentiated is learned inside each trial, and the sweep searches the rest.
 
-    python -m experiments.hybrid_search --workers 2 [--resume]
+    python -m experiments.hybrid_search [--resume]
 
 Three sweeps over the same networks and the same hyperparameters of RAdam, on digits: at random, by Bayesian
 optimization, and hybrid (their files are in ``experiments/sweeps``, the program of their trials is
@@ -44,7 +44,7 @@ COLORS = {"random": "tab:gray", "bayes": "tab:blue", "hybrid": "tab:red"}
 class Config(Tracked):
     """Compare hybrid search with random and Bayesian search alone."""
 
-    repeats: int = 3
+    repeats: int = 2
     """Sweeps of each kind."""
     workers: int = 2
     """Trials that run at a time."""
@@ -199,13 +199,18 @@ def equal_losses(compared: Iterable[Comparison]) -> list[tuple[str, ...]]:
         "hybrid, each sweep",
         "of all",
         "of until",
+        "s",
+        "hybrid, s",
     )
     rows: list[tuple[str, ...]] = [head]
     for one in compared:
-        hybrid = ", ".join("not found" if trial is None else f"{trial.inner_steps:,}" for trial in one.hybrid)
+        steps = ", ".join("not found" if trial is None else f"{trial.inner_steps:,}" for trial in one.hybrid)
+        seconds = ", ".join("-" if trial is None else f"{trial.seconds:.0f}" for trial in one.hybrid)
         shares = (f"{one.steps / one.whole.inner_steps:.2f}", f"{one.steps / one.to_it.inner_steps:.2f}")
         spent = (f"{one.whole.inner_steps:,}", f"{one.to_it.inner_steps:,}")
-        rows.append((one.kind, str(one.repeat), f"{one.loss:.3f}", *spent, hybrid, *shares))
+        rows.append(
+            (one.kind, str(one.repeat), f"{one.loss:.3f}", *spent, steps, *shares, f"{one.whole.seconds:.0f}", seconds)
+        )
     return rows
 
 
@@ -225,7 +230,10 @@ def draw(figure: Figure, sweeps: Sweeps) -> None:
             label = kind if repeat == 0 else None
             axes.step(steps, losses, where="post", color=COLORS[kind], alpha=0.8, label=label)
             axes.plot(steps[-1], losses[-1], "o", color=COLORS[kind], markersize=3)
-    axes.set(xlabel="inner training steps", ylabel="best validation loss so far", xscale="log")
+    axes.set(xlabel="inner training steps", ylabel="best validation loss so far", xscale="log", yscale="log")
+    ticks = [0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend()
 
 

@@ -22,7 +22,15 @@ from metaopt.sweeps.storage import Timing, open_storage
 from metaopt.sweeps.study import create
 from metaopt.tasks import MNIST1D
 
-SMALL: dict[str, Any] = {"task": "mnist1d", "steps": 5, "width": 4, "batch_size": 10, "seeds": 2, "meta_steps": 3, "wandb": "off"}
+SMALL: dict[str, Any] = {
+    "task": "mnist1d",
+    "steps": 5,
+    "width": 4,
+    "batch_size": 10,
+    "seeds": 2,
+    "meta_steps": 3,
+    "wandb": "off",
+}
 FILES = Path(hybrid_search.FILES)
 
 
@@ -215,7 +223,7 @@ def test_equal_losses_are_compared_by_the_median_hybrid_sweep() -> None:
     assert random.steps == 4800
     assert bayes.steps == 800
     assert hybrid_search.equal_losses([random])[1] == (
-        *("random", "0", "1.500", "1,200", "900", "1,600, 4,800, not found", "4.00", "5.33"),
+        *("random", "0", "1.500", "1,200", "900", "1,600, 4,800, not found", "4.00", "5.33", "5", "9, 13, -"),
     )
 
 
@@ -254,6 +262,6 @@ def test_the_study_prints_its_tables_and_saves_its_figure(
     assert "inner training steps" in (tmp_path / "hybrid_search.svg").read_text()
     table = (tmp_path / "table.md").read_text()
     assert "| random | 1 | 4 | 1,200 | 5 | 1.500 | 1.700 |" in table
-    assert "| bayes | 0 | 1.500 | 900 | 900 | 1,600, 1,600 | 1.78 | 1.78 |" in table
+    assert "| bayes | 0 | 1.500 | 900 | 900 | 1,600, 1,600 | 1.78 | 1.78 | 4 | 9, 9 |" in table
     (line,) = (tmp_path / "record.jsonl").read_text().splitlines()
     assert json.loads(line)["content"]["hybrid"][1][0]["inner_steps"] == 800
