@@ -10,6 +10,7 @@ def main(config: Config) -> ...:
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import os
@@ -27,10 +28,12 @@ import yaml
 from experiments.parts.processes import refuse_several
 from metaopt import tracking
 from metaopt.metagrad import Ranks
-from metaopt.tracking import Nothing, Run
+from metaopt.tracking import JSONL, Nothing, Run, Several
 
 # A sweep's engine gives each trial a folder of its own, and torchrun counts how often it has restarted the processes.
 _TRIAL, _RESTARTS = "METAOPT_CHECKPOINT", "TORCHELASTIC_RESTART_COUNT"
+# Where the engine looks for the metric of a program that does not log to wandb.
+_RECORD = "METAOPT_RECORD"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ def session(config: Tracked, name: str, group: str | None = None) -> Iterator[Se
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
     with tracking.start(folder, config, name=name, group=group, wandb=config.wandb) as tracker:
+        if _RECORD in os.environ and isinstance(tracker, JSONL):
+            tracker = Several(tracker, JSONL(os.environ[_RECORD]))
         yield Session(folder, tracker, checkpoints)
 
 
@@ -119,13 +124,14 @@ def options(config: type[ConfigT], description: str | None, args: Sequence[str] 
     flags: list[str] = []
     rest: list[str] = []
     switches = {field.name for field in dataclasses.fields(config) if field.type in (bool, "bool")}
+    lists = {field.name for field in dataclasses.fields(config) if "tuple[" in str(field.type)}
     words = iter(given)
     for word in words:
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or next(words, "")
             flags += _flags_of_file(Path(path), config, switches)
         else:
-            rest.append(_switch(word, switches))
+            rest += _listed(_switch(word, switches), lists)
     description = (
         f"{description or ''}\n\n--config FILE reads options from a YAML file; those of the command line go before."
     )
@@ -154,6 +160,17 @@ def _switch(word: str, switches: set[str]) -> str:
     if found is None or found[1].replace("-", "_") not in switches:
         return word
     return f"--{found[1]}" if found[2].lower() == "true" else f"--no-{found[1]}"
+
+
+def _listed(word: str, lists: set[str]) -> list[str]:
+    """A list as a sweep writes it, ``--learn=['lr', 'betas']``, as words."""
+    name, equals, text = word.partition("=")
+    if not (equals and text.startswith("[") and name.removeprefix("--").replace("-", "_") in lists):
+        return [word]
+    try:
+        return [name, *map(str, ast.literal_eval(text))]
+    except (SyntaxError, ValueError):
+        sys.exit(f"{name} must be a list such as ['a', 'b'], got {text}")
 
 
 def _flags_of_file(path: Path, config: type, switches: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from experiments.parts.study import save_figure
 from experiments.parts.tuning import GRID, HAND_DESIGNED, Trained, judged, tuned
 
 
-@pytest.mark.parametrize("design", ["mlp", "adafactor"])
+@pytest.mark.parametrize("design", [pytest.param("mlp", marks=pytest.mark.long), "adafactor"])
 def test_meta_training_lowers_the_loss_at_the_end_of_training(design: str) -> None:
     config = Config(horizon=15, meta_steps=24, replicas=2, meta_lr=1e-2)
     task, steps = scenarios(config)["trained on"]

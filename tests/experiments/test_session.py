@@ -58,6 +58,19 @@ def test_booleans_as_a_sweep_writes_them(word: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "names"),
+    [("--names=['x', 'y']", ("x", "y")), ("--names=[]", ()), ('--names=["x"]', ("x",)), ("--names=x", ("x",))],
+)
+def test_lists_as_a_sweep_writes_them(word: str, names: tuple[str, ...]) -> None:
+    assert options(Config, None, [word, "--lr=2"]) == Config(names=names, lr=2.0)
+
+
+def test_a_list_that_is_none_is_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^--names must be a list such as \['a', 'b'\], got \['x'$"):
+        options(Config, None, ["--names=['x'"])
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("stebs: 3", "unknown option 'stebs'; did you mean 'steps'?"),
@@ -129,6 +142,16 @@ def test_a_trial_and_a_restarted_process_go_on(variable: str, tmp_path: Path, mo
         learn(config, 3)
         monkeypatch.setenv(variable, "1")
     assert learn(config, 6) == (whole, list(range(6)))
+
+
+def test_a_trial_without_wandb_is_in_the_record_that_the_engine_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METAOPT_CHECKPOINT", str(tmp_path / "trial" / "checkpoint"))
+    monkeypatch.setenv("METAOPT_RECORD", str(tmp_path / "trial" / "record.jsonl"))
+    _, steps = learn(Config(out=tmp_path / "out", wandb="off"))
+    assert steps == list(range(4))
+    assert (tmp_path / "trial" / "record.jsonl").read_text() == (tmp_path / "out" / "record.jsonl").read_text()
 
 
 # The main job, as a user has it who has told wandb nothing: no key, no terminal, no network

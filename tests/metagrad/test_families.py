@@ -118,7 +118,7 @@ def test_a_value_that_the_inner_loss_reads() -> None:
     "estimator",
     [
         Unrolled(STEPS, "mean", compile=True),
-        Unrolled(STEPS, segments="sqrt", compile=True),
+        pytest.param(Unrolled(STEPS, segments="sqrt", compile=True), marks=pytest.mark.long),
     ],
     ids=repr,
 )

@@ -7,6 +7,7 @@ from experiments.hypergradient_descent import METHODS, STUDY, Config, descend
 from metaopt.tasks import Digits
 
 
+@pytest.mark.long
 def test_a_poor_learning_rate_reaches_nearly_the_loss_of_the_tuned_one(tmp_path):
     findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 2

@@ -16,6 +16,7 @@ def test_the_loss_before_training_is_that_of_the_study() -> None:
     assert losses[0] == losses[1] == pytest.approx(10 * (1 + 10 * FAMILY.start**2), rel=0.02)
 
 
+@pytest.mark.long
 def test_meta_training_lowers_the_loss_of_tasks_that_it_never_saw() -> None:
     config = Config(meta_steps=40, steps=60, tasks=32, quick=True)
     torch.manual_seed(config.seed)

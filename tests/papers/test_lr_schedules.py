@@ -9,6 +9,7 @@ from metaopt import Schedule
 from metaopt.unroll import InnerStep
 
 
+@pytest.mark.long
 def test_learning_rates_of_all_weights_fall_in_the_last_ten_steps(tmp_path):
     findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 6

@@ -74,7 +74,7 @@ def run(folder: Path, task: Any, estimator: Any, steps: int, at: tuple[int, ...]
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_nothing_is_kept_from_step_to_step(name: str, tmp_path: Path) -> None:
     """At the end of a whole number of unrolls, so that each is at the same point of its own."""
-    watch = run(tmp_path, NoisyQuadratic(), ESTIMATORS[name](), 101, (35, 59, 95))
+    watch = run(tmp_path, NoisyQuadratic(), ESTIMATORS[name](), 60, (23, 35, 59))
     for counts in (watch.tensors, watch.bytes, watch.graphs, watch.files):
         assert len(set(counts)) == 1, vars(watch)
 
