@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 # Property-based tests try the same few examples every time; with --long, many and others each time.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("short", max_examples=30, derandomize=True, database=None, **_COMMON)
+settings.register_profile("short", max_examples=20, derandomize=True, database=None, **_COMMON)
 settings.register_profile("long", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile("short")
 

@@ -38,6 +38,7 @@ def processes() -> Iterator[Ranks]:
     ranks = Ranks()
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
         yield ranks
+    dist.barrier()  # a process that leaves while others still talk to it may abort them
     dist.destroy_process_group()  # not after an error: others may be waiting in the group, and torchrun ends them
 
 

@@ -55,6 +55,7 @@ def test_the_windows_of_an_estimator_are_added_up() -> None:
     torch.testing.assert_close(record.losses, torch.full((3,), 7.0, dtype=torch.float64))
 
 
+@pytest.mark.long
 def test_real_estimators_against_a_reference() -> None:
     task, opt = NoisyQuadratic(noise=0.3), sgd(lr=0.05, momentum=0.5)
     hyper = Hyperparameters(opt, ("lr", "momentum"))

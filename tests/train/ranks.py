@@ -164,7 +164,7 @@ def main(folder: str, steps: int) -> None:
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
     def die(step: int) -> None:
-        if step == 5 and restarts == 0 and ranks.first and os.environ["TORCHELASTIC_MAX_RESTARTS"] == "1":
+        if step == 5 and restarts == 0 and ranks.first and os.environ["TORCHELASTIC_MAX_RESTARTS"] == "3":
             os.kill(os.getpid(), signal.SIGKILL)
 
     with processes() as ranks:

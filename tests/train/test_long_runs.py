@@ -71,7 +71,11 @@ def run(folder: Path, task: Any, estimator: Any, steps: int, at: tuple[int, ...]
     return watch
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+LATER = ("segments", "forward", "es")
+EACH = [pytest.param(name, marks=[pytest.mark.long] * (name in LATER)) for name in ESTIMATORS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_nothing_is_kept_from_step_to_step(name: str, tmp_path: Path) -> None:
     """At the end of a whole number of unrolls, so that each is at the same point of its own."""
     watch = run(tmp_path, NoisyQuadratic(), ESTIMATORS[name](), 60, (23, 35, 59))
@@ -79,9 +83,8 @@ def test_nothing_is_kept_from_step_to_step(name: str, tmp_path: Path) -> None:
         assert len(set(counts)) == 1, vars(watch)
 
 
-def test_two_thousand_meta_steps_on_digits_stay_in_their_memory(tmp_path: Path, long: bool) -> None:
-    if not long:
-        pytest.skip("minutes: with --long")
+@pytest.mark.long
+def test_two_thousand_meta_steps_on_digits_stay_in_their_memory(tmp_path: Path) -> None:
     at = (205, 505, 1005, 1505, 1995)
     watch = run(tmp_path, Digits(batch_size=64), Unrolled(20), 2000, at)
     for counts in (watch.tensors, watch.bytes, watch.graphs, watch.files):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -322,9 +323,18 @@ def assert_close(got: Result, want: Result, accuracy: float = 1e-9) -> None:
 EACH = [(case, objective) for case in CASES for objective in CASES[case].objectives]
 
 
-@pytest.mark.parametrize("mode", MOST)
-@pytest.mark.parametrize(("case", "objective"), EACH)
-def test_every_mode_gives_the_hypergradient_of_the_loop_by_hand(case: str, objective: str, mode: str) -> None:
+def a_third(*options: Sequence[Any]) -> list[Any]:
+    """All combinations, of which two in three are for the long profile: each option is among those that are not."""
+    combinations = itertools.product(*(enumerate(values) for values in options))
+    return [
+        pytest.param(*(value for _, value in chosen), marks=[pytest.mark.long] * bool(sum(i for i, _ in chosen) % 3))
+        for chosen in combinations
+    ]
+
+
+@pytest.mark.parametrize(("each", "mode"), a_third(EACH, MOST), ids=str)
+def test_every_mode_gives_the_hypergradient_of_the_loop_by_hand(each: tuple[str, str], mode: str) -> None:
+    case, objective = each
     assert_close(measured(MODES[mode](STEPS, objective), case), expected(case, objective, STEPS), CASES[case].accuracy)
 
 
@@ -398,11 +408,14 @@ def test_radam_on_either_side_of_its_first_rectified_step(steps: int, objective:
     assert_close(measured(MODES[mode](steps, objective), "radam"), want)
 
 
-@pytest.mark.parametrize("segments", [1, 2, 4, "sqrt", 50])
-@pytest.mark.parametrize("truncation", [3, 5, STEPS])
-@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    "case", ["radam", "rprop", "per parameter and step, sgd", "replicas, radam", "not elementwise"]
+    ("case", "objective", "truncation", "segments"),
+    a_third(
+        ["radam", "rprop", "per parameter and step, sgd", "replicas, radam", "not elementwise"],
+        OBJECTIVES,
+        [3, 5, STEPS],
+        [1, 2, 4, "sqrt", 50],
+    ),
 )
 def test_segments_within_truncated_windows_give_the_truncated_hypergradient(
     case: str, objective: Any, truncation: int, segments: Any
