@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweeps.sweeping import Sweeping, gone, kill_group
+from tests.sweeps.sweeping import Sweeping, gone, kill_group, wait_for
 
 _PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
@@ -59,7 +59,7 @@ def test_a_machine_takes_up_what_another_one_left_when_it_went_away(tmp_path, da
     program = sweeping.reached()
     second = sweeping.start("resume", *options, before=machine.format("second"))
     kill_group(first)
-    assert gone(program)
+    assert wait_for(lambda: gone(program))
     output, errors = second.communicate(timeout=60)
     assert second.returncode == 0, errors
     assert "12 complete; best validation/loss 0 (trial 4)" in output

@@ -179,7 +179,7 @@ def test_truncated_windows_share_what_was_compiled(name: str, objective: Any, se
 @pytest.mark.usefixtures("traced")
 @mode_or_all("forward")
 @pytest.mark.parametrize("objective", ["inner"])
-@pytest.mark.parametrize("name", ["rprop", "sgd"])
+@pytest.mark.parametrize("name", ["rprop", pytest.param("sgd", marks=pytest.mark.long)])
 def test_twenty_meta_steps_of_two_horizons_compile_what_the_first_did(name: str, objective: Any, mode: str) -> None:
     task, opt = Regression(), REGISTRY[name]()
     hyper = Hyperparameters(opt, STARTS[name])
