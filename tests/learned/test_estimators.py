@@ -136,7 +136,13 @@ COMPILED: dict[str, Callable[..., Estimator]] = {
 
 @pytest.mark.parametrize(
     ("design", "mode"),
-    [*((design, "recorded") for design in DESIGNS), (MLPOptimizer, "segments"), (MLPOptimizer, "pes")],
+    [
+        pytest.param(MLPOptimizer, "recorded", marks=pytest.mark.long),
+        pytest.param(LSTMOptimizer, "recorded", marks=pytest.mark.long),
+        (AdafactorMLPOptimizer, "recorded"),
+        (MLPOptimizer, "segments"),
+        (MLPOptimizer, "pes"),
+    ],
 )
 def test_compiled_estimators_agree_with_eager_ones(
     design: type[LearnedOptimizer], mode: str, monkeypatch: pytest.MonkeyPatch

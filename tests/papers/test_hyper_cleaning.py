@@ -13,6 +13,7 @@ from metaopt.metagrad import Implicit, Unrolled
 from metaopt.tasks import load_digits
 
 
+@pytest.mark.long
 def test_wrong_labels_are_flagged_and_training_without_them_nears_the_oracle_by_both_estimators(tmp_path):
     findings = STUDY.findings(Config(quick=True, out=tmp_path))
     assert len(findings) == 4

@@ -69,6 +69,7 @@ def test_score_is_the_mean_error_after_one_step_over_the_waves():
     assert found.error == pytest.approx(1.96 * errors.std().item() / 6**0.5, rel=1e-4)
 
 
+@pytest.mark.long
 def test_both_learn_and_meta_sgd_learns_faster(tmp_path):
     findings = STUDY.findings(Config(quick=True, out=tmp_path, test_tasks=500))
     assert len(findings) == 3

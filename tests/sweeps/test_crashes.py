@@ -68,5 +68,5 @@ def test_a_second_ctrl_c_does_not_wait_for_a_program_that_will_not_end(tmp_path)
     os.kill(command.pid, signal.SIGINT)
     command.communicate(timeout=5)
     assert command.returncode == 130
-    assert gone(program)
+    assert wait_for(lambda: gone(program), seconds=5)
     assert sweeping.study().trials[-1].state.name == "WAITING"
