@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from metaopt.learned import LearnedOptimizer, LSTMOptimizer, MLPOptimizer
+from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
 from metaopt.metagrad import ES, PES, Estimator, Forward, Unrolled
 from metaopt.tasks import RandomQuadratics, Replicas, TaskBatch, Tasks
 from metaopt.unroll import compiled
