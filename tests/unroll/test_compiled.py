@@ -43,6 +43,7 @@ def mode_or_all(chosen: str) -> pytest.MarkDecorator:
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """Nothing compiled is left from another test, nor for one."""
+    counters.clear()
     yield
     compiled._CACHE.clear()
     compiled._warn_once.cache_clear()
