@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,35 +38,54 @@ def sweep(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tupl
     pullback = Pullback(unroll, stretch)
     total: Tensor | None = None
     kept: list[tuple[Tensors, Snapshot]] = []
+    taken: list[Taken] = []
     with torch.no_grad():
         for segment in segments:
             kept.append((carry, Snapshot(unroll.generator)))
             for t, row in unroll.rows(segment).items():
-                carry, loss = unroll.step(carry, unroll.batch(t), row, unroll.shared)
+                batch = unroll.batch(t)
+                if segment is segments[-1]:  # with which the way back begins
+                    taken.append(Taken(t, carry, batch, row))
+                carry, loss = unroll.step(carry, batch, row, unroll.shared)
                 if stretch.loss_weight:
                     total = grown(total, stretch.loss_weight * loss)
     end, after, here = carry, carry, Snapshot(unroll.generator)
 
     for segment in reversed(segments):
         carry, drawn = kept.pop()
-        drawn.restore()
-        carries, batches = [], []
-        with torch.no_grad():
-            table = unroll.rows(segment)
-            for t in segment:
-                carries.append(carry)
-                batches.append(unroll.batch(t))
-                if t + 1 < segment.stop:
-                    carry, _ = unroll.step(carry, batches[-1], table[t], unroll.shared)
-        for t in reversed(segment):
-            if weight := stretch.meta_weight(t + 1):
+        if segment is not segments[-1]:
+            drawn.restore()
+            taken = _again(unroll, carry, segment)
+        while taken:
+            step = taken.pop()
+            if weight := stretch.meta_weight(step.t + 1):
                 total = grown(total, pullback.judge(after, weight))
-            after = carries.pop()
-            pullback.step(after, batches.pop(), t, table[t])
+            pullback.step(step)
+            after = step.carry
     here.restore()
     pullback.finish(is_start=stretch.steps.start == 0)
     assert total is not None
     return end, total
+
+
+class Taken(NamedTuple):
+    """A step that is to be gone back over: its number, and what went into it."""
+
+    t: int
+    carry: Tensors
+    batch: Any
+    row: Tensors
+
+
+@torch.no_grad()
+def _again(unroll: Unroll, carry: Tensors, segment: range) -> list[Taken]:
+    """The steps of a segment, whose last is not taken again: what comes out of it is known."""
+    taken: list[Taken] = []
+    for t, row in unroll.rows(segment).items():
+        if taken:
+            carry, _ = unroll.step(carry, taken[-1].batch, taken[-1].row, unroll.shared)
+        taken.append(Taken(t, carry, unroll.batch(t), row))
+    return taken
 
 
 class Pullback:
@@ -97,15 +116,15 @@ class Pullback:
         self._unroll.sources.add(self._shared, grads[len(ends) :])
         return objective.detach()
 
-    def step(self, carry: Tensors, batch: Any, t: int, row: Tensors) -> None:
-        """Go back over step ``t``, which began with this carry."""
-        bars = self._vjp(carry, batch, row, self._adjoint)
+    def step(self, taken: Taken) -> None:
+        """Go back over a step."""
+        bars = self._vjp(taken.carry, taken.batch, taken.row, self._adjoint)
         self._adjoint = list(bars.carry)
         for index, bar in enumerate(bars.row):
             if bar is not None:
                 table = self._row_bars[index]
                 table = self._row_bars[index] = torch.zeros_like(self._rows[index]) if table is None else table
-                table[t] += bar
+                table[taken.t] += bar
         self._unroll.sources.add(self._shared, bars.shared)
 
     def finish(self, *, is_start: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.unroll.compiled import remembered
+from metaopt.compilation import remembered
 from metaopt.unroll.program import inner_step
 from metaopt.unroll.randomness import Snapshot
 from metaopt.unroll.stretch import Stretch, Unroll

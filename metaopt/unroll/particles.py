@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.unroll.compiled import Trusted, compiled
+from metaopt.compilation import Trusted, compiled
 from metaopt.unroll.program import Inputs, Program, Tensors, inner_step
 from metaopt.unroll.stretch import Stretch
 
@@ -29,8 +29,9 @@ class Particles:
     def __init__(self, program: Program, *, compile: bool) -> None:
         self._program = program
         self._step: Callable[..., Any] = torch.vmap(partial(inner_step, program))
+        self._compile = compile
         if compile:
-            self._step = Trusted(compiled(("particles", program.key), self._step))
+            self._step = compiled(("particles", program.key), self._step)
         self._meta_loss = torch.vmap(program.meta_loss)
 
     def inputs(self, values: Sequence[Tensor], config: Tensors, params: Any, steps: Tensor) -> Inputs:
@@ -62,9 +63,10 @@ class Particles:
         """
         total = torch.zeros(len(steps), dtype=torch.float64, device=steps.device)
         weights = torch.tensor([[whole.meta_weight(t + 1) for t in row] for row in steps.tolist()], dtype=torch.float64)
+        step = Trusted(self._step) if self._compile else self._step
         for k in range(steps.shape[1]):
             row = tuple(table[:, k] for table in inputs.per_step)
-            carry, loss = self._step(carry, batches(k), row, inputs.shared)
+            carry, loss = step(carry, batches(k), row, inputs.shared)
             if whole.loss_weight:
                 total += whole.loss_weight * loss
             if weights[:, k].any():

@@ -34,8 +34,9 @@ def retrace(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tu
     kept: list[tuple[Tensors, Snapshot]] = []
     for segment in segments:
         kept.append((carry, Snapshot(unroll.generator)))
-        carry = unroll.skip(carry, segment)
-    end, here = carry, Snapshot(unroll.generator)
+        if segment is not segments[-1]:  # which is run once, recorded
+            carry = unroll.skip(carry, segment)
+    end = carry
 
     learned = [leaf for part in unroll.sources.leaves[1:] for leaf in part if leaf.requires_grad]
     adjoint: list[Tensor | None] = [None] * len(end)
@@ -47,6 +48,8 @@ def retrace(unroll: Unroll, carry: Tensors, stretch: Stretch, length: int) -> tu
         starts = [tensor.detach().requires_grad_() for tensor in chosen(carry, where)]
         with torch.enable_grad():
             after, terms = graph(unroll, merged(carry, where, starts), stretch._replace(steps=segment))
+            if segment is segments[-1]:
+                end, here = tuple(x.detach() for x in after), Snapshot(unroll.generator)
             ends = [(x, bar) for x, bar in zip(after, adjoint, strict=True) if bar is not None and x.requires_grad]
             ends += [(term, torch.ones_like(term)) for term in terms if term.requires_grad]
         for term in terms:

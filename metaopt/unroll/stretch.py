@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from metaopt.compilation import Trusted, compiled
 from metaopt.tasks import Task
-from metaopt.unroll.compiled import Trusted, compiled
 from metaopt.unroll.program import Program, Sources, Tensors, blocks, inner_step, rows
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from metaopt.compilation import cache
 from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
 from metaopt.metagrad import ES, PES, Estimator, Forward, Unrolled
 from metaopt.tasks import RandomQuadratics, Replicas, TaskBatch, Tasks
-from metaopt.unroll import compiled
 from tests.learned.problems import DESIGNS, big_steps, loss, meta_loss, start, unroll
 
 STEPS = 6
@@ -23,7 +23,7 @@ each_design = pytest.mark.parametrize("design", DESIGNS)
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     yield
-    compiled._CACHE.clear()
+    cache._CACHE.clear()
     torch._dynamo.reset()
 
 

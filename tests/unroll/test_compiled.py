@@ -15,10 +15,10 @@ from torch._dynamo.utils import counters
 from torch.distributions import constraints
 
 from metaopt import Hyperparameters, PerParameter, Schedule
+from metaopt.compilation import cache, inductor
 from metaopt.functional import REGISTRY, radam, rprop, sgd
 from metaopt.metagrad import Estimator, Forward, Unrolled
 from metaopt.tasks import NoisyQuadratic, Replicas
-from metaopt.unroll import compiled
 from tests.metagrad.reference import STARTS, Regression, seeded
 from tests.unroll.test_modes import CASES, IGNORED, NORMALIZED, Raw, assert_close, assert_refused, f64, measured
 
@@ -45,8 +45,8 @@ def _fresh() -> Iterator[None]:
     """Nothing compiled is left from another test, nor for one."""
     counters.clear()
     yield
-    compiled._CACHE.clear()
-    compiled._warn_once.cache_clear()
+    cache._CACHE.clear()
+    inductor._warn_once.cache_clear()
     torch._dynamo.reset()
     counters.clear()
 
