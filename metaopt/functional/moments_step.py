@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.kernels.differentiable import fits, kernels
+from metaopt.kernels.differentiable import alike, fits, kernels
 from metaopt.numerics import safe_sqrt
 
 
@@ -72,7 +72,8 @@ def moments_step(inputs: Inputs) -> Result:
     """The new parameter and moments: of real tensors of one dtype."""
     if torch.compiler.is_compiling():
         return composed(inputs)
-    result: Result = _Step.apply(*inputs)
+    step = _Kernels if fits(inputs[:4], inputs[4:-1]) else _Step
+    result: Result = step.apply(*inputs)
     return result
 
 
@@ -104,12 +105,8 @@ def _denominator(i: Inputs, root: Tensor) -> Tensor:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Result:
-        i = Inputs(*inputs)
-        if fits(i[:4], i[4:-1]):
-            launch, kernel = kernels("moments_step", i.param)
-            result: Result = launch.forward(kernel.forward, i, MAXIMIZE=i.maximize)
-            return result
-        return composed(i, root=torch.sqrt)
+        i = Inputs(*inputs)  # under a transform what the step is given may not fit, and what arrives here does
+        return _launched(i) if fits(i[:4], i[4:-1]) else composed(i, root=torch.sqrt)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -126,13 +123,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         *tensors, exp_avg, exp_avg_sq = ctx.saved_tensors
         i = Inputs(*(*tensors, ctx.maximize))
-        if not torch.is_grad_enabled() and fits(i[:4], i[4:-1], cotangents):
-            launch, kernel = kernels("moments_step", i.param)
-            as_is, flags = i.shrink is None and i.weight_decay is None, {"MAXIMIZE": i.maximize}
-            grads: tuple[Any, ...] = launch.backward(
-                kernel.backward, i, cotangents, ctx.needs_input_grad, as_is, **flags
-            )
-            return grads
+        if not torch.is_grad_enabled() and alike(cotangents, i.param) and fits(i[:4], i[4:-1]):
+            return _pulled_back(ctx, i, cotangents)
         to_p, to_m, to_v = cotangents
         h = _ascent(i)
         moved = i.step_size * to_p
@@ -235,6 +227,37 @@ class _Step(torch.autograd.Function):
             torch.zeros_like(like) if tangent is None else tangent.expand_as(like)
             for tangent, like in ((to_p, i.param), (to_m, i.exp_avg), (to_v, i.exp_avg_sq))
         )
+
+
+class _Kernels(torch.autograd.Function):
+    """The same for what ``fits``: torch neither binds arguments nor asks for transforms, and little is checked."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Result:
+        *tensors, ctx.maximize = inputs
+        result = _launched(Inputs(*inputs))
+        ctx.save_for_backward(*tensors, *result[1:])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or not alike(cotangents, cotangents[0]):
+            return _Step.backward(ctx, *cotangents)
+        *tensors, _, _ = ctx.saved_tensors
+        return _pulled_back(ctx, Inputs(*(*tensors, ctx.maximize)), cotangents)
+
+
+def _launched(i: Inputs) -> Result:
+    launch, kernel = kernels("moments_step", i.param)
+    result: Result = launch.forward(kernel.forward, i, MAXIMIZE=i.maximize)
+    return result
+
+
+def _pulled_back(ctx: Any, i: Inputs, cotangents: Any) -> tuple[Any, ...]:
+    launch, kernel = kernels("moments_step", i.param)
+    as_is, flags = i.shrink is None and i.weight_decay is None, {"MAXIMIZE": i.maximize}
+    grads: tuple[Any, ...] = launch.backward(kernel.backward, i, cotangents, ctx.needs_input_grad, as_is, **flags)
+    return grads
 
 
 _Step.forward.__signature__ = inspect.signature(_Step.forward)  # type: ignore[attr-defined]  # torch asks at each step

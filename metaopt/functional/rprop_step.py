@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.kernels.differentiable import fits, kernels
+from metaopt.kernels.differentiable import alike, fits, kernels
 
 
 class Inputs(NamedTuple):
@@ -39,7 +39,8 @@ def rprop_step(inputs: Inputs) -> Result:
     """The new parameter, last gradient and step size: of real tensors of one dtype."""
     if torch.compiler.is_compiling():
         return composed(inputs)
-    result: Result = _Step.apply(*inputs)
+    step = _Kernels if fits(inputs[:4], inputs[4:]) else _Step
+    result: Result = step.apply(*inputs)
     return result
 
 
@@ -67,11 +68,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Result:
         i = Inputs(*inputs)
-        if fits(i[:4], i[4:]):
-            launch, kernel = kernels("rprop_step", i.param)
-            result: Result = launch.forward(kernel.forward, i)
-            return result
-        return composed(i)
+        return _launched(i) if fits(i[:4], i[4:]) else composed(i)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -87,12 +84,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         to_p, to_prev, to_size = cotangents
         i = Inputs(to_p, *ctx.saved_tensors)  # the parameter itself is not read
-        if not torch.is_grad_enabled() and fits(i[1:4], i[4:], cotangents):
-            launch, kernel = kernels("rprop_step", i.grad)
-            grads: tuple[Any, ...] = launch.backward(
-                kernel.backward, i, cotangents, ctx.needs_input_grad, param_as_is=True
-            )
-            return grads
+        if not torch.is_grad_enabled() and alike(cotangents, i.grad) and fits(i[1:4], i[4:]):
+            return _pulled_back(ctx, i, cotangents)
         wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
         kept, flipped = _agreement(i)
         factor = _factor(i, kept, flipped)
@@ -132,6 +125,33 @@ class _Step(torch.autograd.Function):
         to_size = torch.where(scaled > i.largest, of(d.largest), to_size)
         sign = torch.sign(i.grad) * (1.0 - flipped)
         return of(d.param) - sign * to_size, of(d.grad).masked_fill(flipped > 0, 0.0), to_size
+
+
+class _Kernels(torch.autograd.Function):
+    """The same for what ``fits``: torch neither binds arguments nor asks for transforms, and little is checked."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Result:
+        ctx.save_for_backward(*inputs[1:])
+        return _launched(Inputs(*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or not alike(cotangents, cotangents[0]):
+            return _Step.backward(ctx, *cotangents)
+        return _pulled_back(ctx, Inputs(cotangents[0], *ctx.saved_tensors), cotangents)
+
+
+def _launched(i: Inputs) -> Result:
+    launch, kernel = kernels("rprop_step", i.param)
+    result: Result = launch.forward(kernel.forward, i)
+    return result
+
+
+def _pulled_back(ctx: Any, i: Inputs, cotangents: Any) -> tuple[Any, ...]:
+    launch, kernel = kernels("rprop_step", i.grad)
+    grads: tuple[Any, ...] = launch.backward(kernel.backward, i, cotangents, ctx.needs_input_grad, param_as_is=True)
+    return grads
 
 
 _Step.forward.__signature__ = inspect.signature(_Step.forward)  # type: ignore[attr-defined]  # torch asks at each step

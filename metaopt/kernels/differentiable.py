@@ -17,13 +17,12 @@ from metaopt.kernels.support import interpreted, refusal
 LEAST = 4096
 
 
-def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None], cotangents: Sequence[Tensor] = ()) -> bool:
+def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> bool:
     """Whether a kernel can take them, and nothing that transforms the step would be lost on it.
 
     Args:
         tensors: what the step reads, an element of each for an element of the parameter.
         coefficients: None where an operation is left out.
-        cotangents: of the results; any strides.
 
     Example:
         >>> fits([torch.zeros(3, dtype=torch.float16)] * 4, [])  # nor three elements of any dtype on a CPU
@@ -33,7 +32,7 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None], cotan
     device, dtype, shape, count = first.device, first.dtype, first.shape, first.numel()
     if dtype not in (torch.float32, torch.float64) or count == 0:
         return False
-    if not first.is_cuda and not interpreted() and (count < LEAST or not first.is_cpu):
+    if not first.is_cuda and (count < LEAST or not first.is_cpu) and not interpreted():
         return False
     if refusal(first) is not None:
         return False
@@ -42,12 +41,18 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None], cotan
     for c in given:  # else values of their own for every parameter, in an unroll of all in one vector
         if c.dtype not in (dtype, torch.bool) or not (c.device == device or (single and c.is_cpu)):
             return False
-        if not (single or (c.shape == shape and c.is_contiguous())) or not _is_its_memory(c):
+        if not (single or (c.shape == shape and c.is_contiguous())):
             return False
-    for t in (*tensors, *cotangents):
-        if t.shape != shape or t.dtype != dtype or t.device != device or not _is_its_memory(t):
+    return _plain(given) and alike(tensors, first) and all(t.is_contiguous() for t in tensors)
+
+
+def alike(tensors: Sequence[Tensor], like: Tensor) -> bool:
+    """Whether tensors of any strides can go to a kernel beside one that does: cotangents of a step that ``fits``."""
+    device, dtype, shape = like.device, like.dtype, like.shape
+    for t in tensors:
+        if t.shape != shape or t.dtype != dtype or t.device != device:
             return False
-    return all(t.is_contiguous() for t in tensors)
+    return _plain(tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,16 +60,15 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _is_its_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is all there is to it: no subclass, no batch of vmap, no tangent of forward mode."""
-    return (
-        type(tensor) in _PLAIN
-        and not _is_wrapped(tensor)
-        and not _is_batched(tensor)
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-        and (forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None)
-    )
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether their memory is all there is to them: no subclass, no batch of vmap, no tangent of forward mode."""
+    forward_mode = forward_ad._current_level >= 0
+    for t in tensors:
+        if type(t) not in _PLAIN or _is_wrapped(t) or _is_batched(t) or t.is_neg() or t._is_zerotensor():
+            return False
+        if forward_mode and forward_ad.unpack_dual(t).tangent is not None:
+            return False
+    return True
 
 
 def kernels(step: str, like: Tensor) -> tuple[Any, Any]:

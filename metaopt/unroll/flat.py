@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metaopt.compilation import remembered
 from metaopt.functional import Elementwise
 from metaopt.functional.optimizer import cast, compute_dtype
 from metaopt.functional.tree import Tree
@@ -47,7 +48,8 @@ class Vector:
     def unpack(self, vector: Tensor) -> Any:
         """The tree of a vector, in views; leading dimensions stay in front."""
         parts = vector.split(self.sizes, dim=-1)
-        leaves = [part.view(part.shape[:-1] + shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        lead = vector.shape[:-1]
+        leaves = [part.view(lead + shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self._spec)
 
     def spread(self, coefficient: Tensor) -> Tensor:
@@ -87,12 +89,10 @@ class FlatProgram:
         first = pytree.tree_leaves(params)[0]
         self._dtype, self._every_step = first.dtype, torch.arange(steps, device=first.device)
         self._shared = Shared(task, values)
-        opt.init(self._params, **self._mine(at_step(dict(values), 0)))  # says what is wrong with the values
-        self._coefficients = Split(self._coefficients_at(self._every_step, dict(values)))
         self.key = (
-            self._shared.key, opt, first.dtype, first.device, tuple(self._vector.shapes),
-            self._coefficients.key, tuple(tensor.dim() for tensor in self._coefficients.tensors),
+            self._shared.key, opt, first.dtype, first.device, tuple(self._vector.shapes), tuple(self._vector.names)
         )  # fmt: skip
+        self._coefficients = remembered(("coefficients", self.key), lambda: self._shape_of_coefficients(dict(values)))
 
     def inputs(self, values: Sequence[Tensor], params: Any = None, steps: Tensor | None = None) -> Inputs:
         everything = self._shared.values(tuple(values))
@@ -101,6 +101,11 @@ class FlatProgram:
         packed = [self._vector.pack(field) for field in state[1:]]  # the counters aside, which coefficients know
         coefficients = Split(self._coefficients_at(self._every_step if steps is None else steps, everything)).tensors
         return Inputs((self._vector.pack(params), *packed), coefficients, self._shared.tensors(values))
+
+    def _shape_of_coefficients(self, everything: Mapping[str, Any]) -> Split:
+        """Which of them there are: those of one step stand for all."""
+        self._opt.init(self._params, **self._mine(at_step(everything, 0)))  # says what is wrong with the values
+        return Split(self._coefficients_at(self._every_step[:1], everything))
 
     @property
     def values(self) -> Tensors:

@@ -53,20 +53,16 @@ def backward(
     """
     cotangents = [cotangent.contiguous() for cotangent in cotangents]
     like, each = cotangents[0], _each(inputs)
-    to: list[Any] = [want or None for want in wanted]
+    written = len(wanted) if each else PER_ELEMENT
+    to: list[Any] = [torch.empty_like(like) if want else None for want in wanted[:written]]
     if param_as_is:
         to[0] = None
-    for index in range(len(to) if each else PER_ELEMENT):
-        if to[index]:
-            to[index] = torch.empty_like(like)
-    sums = _launch(kernel, inputs, cotangents, to)
+    sums = _launch(kernel, inputs, cotangents, [*to, *wanted[written:]])
     if param_as_is and wanted[0]:
         to[0] = like
-    if not each and any(wanted[PER_ELEMENT:]):
-        total = torch.from_numpy(sum(sums)).to(like.dtype)
-        for index in range(PER_ELEMENT, len(wanted)):
-            if wanted[index]:
-                to[index] = total[index]
+    if not each:
+        total = (sums[0] if len(sums) == 1 else sum(sums)).tolist()
+        to += [like.new_tensor(total[at]) if want else None for at, want in enumerate(wanted) if at >= written]
     return tuple(to)
 
 
