@@ -83,7 +83,8 @@ class Forward:
         stretch = whole(self.objective, self.steps)
         connected = dependence(unroll, stretch)
         sources.add_zeros(connected)
-        depends = sources.gradient(leaves.tensors)  # before the run, which can do without the graph of the sources
+        depends = sources.gradient(leaves.tensors)
+        sources.drop_start()  # the run makes its own, with tangents
         total, gradient = forward(unroll, program.values, stretch)
         learned = [value for value in program.values if value.requires_grad]  # the optimizer's own among them
         split = gradient.split([value.numel() for value in learned])

@@ -182,6 +182,11 @@ class Sources:
                 total = self._sums.get(id(leaf))
                 self._sums[id(leaf)] = grad if total is None else total + grad
 
+    def drop_start(self) -> None:
+        """Let go of the start, where nothing reads it any more."""
+        self._inputs = self._inputs._replace(start=())
+        self.leaves = self.leaves._replace(start=())
+
     def keep(self, connected: Sequence[bool]) -> None:
         """Drop the gradients that are all 0 of those of the `differentiable` leaves that are not connected."""
         for leaf, yes in zip(self.differentiable, connected, strict=True):

@@ -49,6 +49,8 @@ class Unroll:
     ) -> None:
         self.program, self.sources, self.task, self.generator, self.compile = program, sources, task, generator, compile
         self.shared = sources.leaves.shared
+        # Which of the sources are learned.
+        self.learned_key = tuple(leaf.requires_grad for part in sources.leaves for leaf in part)
         if program.second_order or not compile:
             self.step = self.maybe_compiled("step", partial(inner_step, program))
         else:
@@ -62,11 +64,6 @@ class Unroll:
         if not self.compile:
             return function
         return Trusted(compiled((name, self.learned_key, self.program.key), function))
-
-    @property
-    def learned_key(self) -> tuple[bool, ...]:
-        """Which of the sources are learned."""
-        return tuple(leaf.requires_grad for part in self.sources.leaves for leaf in part)
 
     def rows(self, steps: range) -> dict[int, Tensors]:
         """The rows of some steps, by their numbers; in the graph of the sources where one is recorded."""

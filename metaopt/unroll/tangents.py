@@ -51,18 +51,22 @@ def forward(unroll: Unroll, values: Tensors, stretch: Stretch) -> tuple[Tensor, 
     count = len(tangents[0])
     with torch.no_grad():
         inputs, dots = inputs_along(program, tuple(value.detach() for value in values), tangents)
-        step = unroll.maybe_compiled(f"tangents {count}", tangent_step(program, count))
         judged = bool(stretch.loss_weight)
         carry, carry_dot = inputs.start, dots.start
+        inputs, dots = inputs._replace(start=()), dots._replace(start=())  # which the first step may let go of
+        step = tangent_step(program, count)
+        if unroll.compile:
+            step = _replacing(unroll.maybe_compiled(f"tangents {count}", _written(step)))
+            carry, carry_dot = _copies(carry), _copies(carry_dot)
         total: Tensor | None = None
         gradient: Tensor | None = None
         for t, row, row_dot in rows_along(inputs.per_step, dots.per_step, stretch.steps):
             batch = unroll.batch(t)
-            before, before_dot = carry, carry_dot
-            carry, carry_dot, loss, loss_dot = step(carry, carry_dot, batch, row, row_dot, inputs.shared, dots.shared)
+            if judged and not program.second_order:  # the step has no derivative of the loss, and may write over these
+                before = _along(partial(_loss, program, batch), carry, carry_dot, inputs, dots)
+            carry, carry_dot, *loss_along = step(carry, carry_dot, batch, row, row_dot, inputs.shared, dots.shared)
             if judged:
-                if not program.second_order:
-                    loss, loss_dot = _along(partial(_loss, program, batch), before, before_dot, inputs, dots)
+                loss, loss_dot = loss_along if program.second_order else before
                 total = grown(total, stretch.loss_weight * loss)
                 gradient = grown(gradient, stretch.loss_weight * loss_dot)
             if weight := stretch.meta_weight(t + 1):
@@ -132,6 +136,46 @@ def tangent_step(program: Program, count: int) -> TangentStep:
         return after, after_dot, loss, loss_dot
 
     return step
+
+
+def _written(step: TangentStep) -> Callable[..., Any]:
+    """The step, for the compiler: it writes over the carry before it what fits there, and returns None in its place."""
+
+    def in_place(carry: Tensors, carry_dot: Tensors, *others: Any) -> Any:
+        after, after_dot, loss, loss_dot = step(carry, carry_dot, *others)
+        return _over(carry, after), _over(carry_dot, after_dot), loss, loss_dot
+
+    return in_place
+
+
+def _over(old: Tensors, new: Tensors) -> tuple[Tensor | None, ...]:
+    rest: list[Tensor | None] = []
+    for x, y in zip(old, new, strict=True):
+        # What is written to a double without dimensions is lost: the compiler takes that for a Python number.
+        fits = bool(x.dim()) and x.shape == y.shape and x.dtype == y.dtype
+        rest.append(None if fits else y)
+        if fits:
+            x.copy_(y)
+    return tuple(rest)
+
+
+def _replacing(step: Callable[..., Any]) -> TangentStep:
+    """The step again, from one that has written over what it returns None for."""
+
+    def replacing(carry: Tensors, carry_dot: Tensors, *others: Any) -> Any:
+        after, after_dot, loss, loss_dot = step(carry, carry_dot, *others)
+        return _or(after, carry), _or(after_dot, carry_dot), loss, loss_dot
+
+    return replacing
+
+
+def _or(new: Sequence[Tensor | None], old: Tensors) -> Tensors:
+    return tuple(x if y is None else y for x, y in zip(old, new, strict=True))
+
+
+def _copies(tensors: Tensors) -> Tensors:
+    """To be written to: what an unroll starts from is not its own."""
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
 
 
 def _along(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metaopt.tasks import Classification, Split, Splits, Task
 
@@ -40,3 +42,19 @@ def test_sequential_batches_take_no_random_numbers() -> None:
 def test_an_unknown_order_is_refused() -> None:
     with pytest.raises(ValueError, match="order must be 'random' or 'sequential', got order='shuffled'"):
         Classification(splits(), network, order="shuffled")  # type: ignore[arg-type]
+
+
+def test_a_weight_under_two_names_is_one_parameter() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.out.weight = self.into.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.out(self.into(x)))
+
+    task, x = Classification(splits(), Tied), torch.ones(1, 2)
+    params = {name: torch.full_like(p, 2.0) for name, p in task.init(None).items()}
+    assert set(params) == {"into.weight", "into.bias", "out.bias"}
+    torch.testing.assert_close(task.logits(params, x), torch.full((1, 2), 26.0))

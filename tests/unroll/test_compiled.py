@@ -16,11 +16,22 @@ from torch.distributions import constraints
 
 from metaopt import Hyperparameters, PerParameter, Schedule
 from metaopt.compilation import cache, inductor
+from metaopt.compilation.trusted import observed
 from metaopt.functional import REGISTRY, radam, rprop, sgd
 from metaopt.metagrad import Estimator, Forward, Unrolled
 from metaopt.tasks import NoisyQuadratic, Replicas
 from tests.metagrad.reference import STARTS, Regression, seeded
-from tests.unroll.test_modes import CASES, IGNORED, NORMALIZED, Raw, assert_close, assert_refused, f64, measured
+from tests.unroll.test_modes import (
+    CASES,
+    IGNORED,
+    NORMALIZED,
+    NORMALIZED_STARTS,
+    Raw,
+    assert_close,
+    assert_refused,
+    f64,
+    measured,
+)
 
 F64 = torch.float64
 STEPS = 8  # RAdam rectifies from the sixth on
@@ -54,8 +65,12 @@ def _fresh() -> Iterator[None]:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without code generation: traced by dynamo and AOT autograd, and run as it is. A tenth of the time."""
-    whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **{**options, "backend": "aot_eager"}))
+    whole, trace = torch.compile, torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return observed(trace(graph, inputs))
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **{**options, "backend": backend}))
 
 
 def graphs() -> int:
@@ -359,3 +374,31 @@ def test_a_batch_may_hold_a_tensor_twice_at_some_steps_only(mode: str, traced: N
 def test_a_learning_rate_that_comes_after_every_windows_only_loss_is_named(segments: Any, traced: None) -> None:
     estimator = Unrolled(STEPS, "inner", 1, segments, compile=True)
     assert_refused(estimator, Regression(), sgd(), Raw({"lr": f64(0.1)}), "'lr'")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("opt", "starts"),
+    [(sgd(), {"lr": 0.05, "momentum": 0.5}), (NORMALIZED, NORMALIZED_STARTS)],
+    ids=["flat", "general"],
+)
+def test_forward_mode_writes_over_nothing_of_the_tasks(
+    opt: Any, starts: Mapping[str, Any], count: int, traced: None
+) -> None:
+    """The compiled step writes over the carry before it, but not over parameters that the task hands out again."""
+
+    class Same(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = super().init(seeded())
+
+        def init(self, generator: Generator | None) -> dict[str, Tensor]:
+            return self.first
+
+    task, learn = Same(), dict(itertools.islice(starts.items(), count))
+    before = {name: p.clone() for name, p in task.first.items()}
+    want = gradient(Unrolled(STEPS, "inner"), task, opt, learn)
+    for _ in range(2):
+        got = gradient(Forward(STEPS, "inner", compile=True), task, opt, learn)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)
+        assert all(torch.equal(p, before[name]) for name, p in task.first.items())
