@@ -43,7 +43,7 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> bo
             return False
         if not (single or (c.shape == shape and c.is_contiguous())):
             return False
-    return _plain(given) and alike(tensors, first) and all(t.is_contiguous() for t in tensors)
+    return plain(given) and alike(tensors, first) and all(t.is_contiguous() for t in tensors)
 
 
 def alike(tensors: Sequence[Tensor], like: Tensor) -> bool:
@@ -52,7 +52,7 @@ def alike(tensors: Sequence[Tensor], like: Tensor) -> bool:
     for t in tensors:
         if t.shape != shape or t.dtype != dtype or t.device != device:
             return False
-    return _plain(tensors)
+    return plain(tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -60,7 +60,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _plain(tensors: Sequence[Tensor]) -> bool:
+def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether their memory is all there is to them: no subclass, no batch of vmap, no tangent of forward mode."""
     forward_mode = forward_ad._current_level >= 0
     for t in tensors:

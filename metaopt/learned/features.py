@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from metaopt.kernels import network as kernel
 from metaopt.learned.base import Weights
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -24,7 +25,7 @@ def averaged(average: Tensor, value: Tensor, rate: Tensor) -> Tensor:
         value: (*shape).
         rate: 1 - decay, (k,).
     """
-    return average + rate.view(-1, *[1] * value.dim()) * (value - average)
+    return torch.lerp(average, value, rate.view(-1, *[1] * value.dim()))
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,6 +71,10 @@ def network(weights: Weights, x: Tensor, time: Tensor, squares: Tensor | None = 
         x = x * scale
     else:
         first = first * scale
+    layers = [(first, bias), *((weights[f"weight{layer}"], weights[f"bias{layer}"]) for layer in (2, 3))]
+    if kernel.fits(x, [part for layer in layers for part in layer]):
+        direction, magnitude = kernel.run(layers, x)
+        return direction, magnitude
     h = torch.addmm(bias[:, None], first, x).relu_()
     h = torch.addmm(weights["bias2"][:, None], weights["weight2"], h).relu_()
     direction, magnitude = torch.addmm(weights["bias3"][:, None], weights["weight3"], h)

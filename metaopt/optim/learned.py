@@ -35,7 +35,8 @@ class Learned(torch.optim.Optimizer):
         optimizer: a functional optimizer whose hyperparameters are ``lr`` and ``weights``, as in ``metaopt.learned``.
         lr: what steps are multiplied by, >= 0: a number or a 0-d tensor. Schedulers change it.
         maximize: maximize the objective.
-        compile: make the functions of a full chunk with torch.compile, which needs a C++ compiler.
+        compile: make the functions of a full chunk with torch.compile, which needs a C++ compiler. (On a CPU the
+            network of an `metaopt.learned.MLPOptimizer` runs as a kernel in any case, with ``metaopt[fused]``.)
 
     Raises:
         TypeError: ``optimizer`` is no learned optimizer; a parameter is not real floating-point, or is distributed.

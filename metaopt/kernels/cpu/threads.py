@@ -14,13 +14,13 @@ import torch
 BLOCK = 1 << 14  # elements: the least that is worth a thread's while
 
 
-def parallel(work: Any, blocks: int) -> list[Any]:
-    """``work(begin, end, BLOCK)`` over all blocks, cut into one stretch a thread: what each of them returns."""
+def parallel(work: Any, blocks: int, block: int = BLOCK) -> list[Any]:
+    """``work(begin, end, block)`` over all blocks, cut into one stretch a thread: what each of them returns."""
     threads = max(1, min(torch.get_num_threads(), blocks))
     if threads == 1:
-        return [work(0, blocks, BLOCK)]
+        return [work(0, blocks, block)]
     cuts = [math.ceil(blocks * i / threads) for i in range(threads + 1)]
-    futures = [_pool(threads).submit(work, begin, end, BLOCK) for begin, end in itertools.pairwise(cuts)]
+    futures = [_pool(threads).submit(work, begin, end, block) for begin, end in itertools.pairwise(cuts)]
     return [future.result() for future in futures]
 
 
