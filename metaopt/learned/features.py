@@ -25,7 +25,10 @@ def averaged(average: Tensor, value: Tensor, rate: Tensor) -> Tensor:
         value: (*shape).
         rate: 1 - decay, (k,).
     """
-    return torch.lerp(average, value, rate.view(-1, *[1] * value.dim()))
+    rate = rate.view(-1, *[1] * value.dim())
+    if torch.is_grad_enabled():
+        return average + rate * (value - average)
+    return torch.lerp(average, value, rate)  # in one pass
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

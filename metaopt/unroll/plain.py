@@ -62,7 +62,10 @@ class InnerStep:
         """Given parameters and a fresh state."""
         mine = self._of_optimizer(values, 0)
         init: Callable[[Any], Any] = lambda params: self.opt.init(params, **mine)  # noqa: E731
-        return Carry(params, torch.vmap(init)(params) if self._vmap_opt else init(params))
+        if not self._vmap_opt:
+            return Carry(params, init(params))
+        # What does not depend on the run comes out expanded, which forward mode cannot write a tangent beside.
+        return Carry(params, pytree.tree_map(torch.Tensor.contiguous, torch.vmap(init)(params)))
 
     def __call__(self, carry: Carry, batch: Any, values: Mapping[str, Any], step: int) -> tuple[Carry, Tensor]:
         """Inner step ``step`` (from 0): the next carry, and the inner loss before the step, as a constant."""

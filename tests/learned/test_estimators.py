@@ -122,9 +122,10 @@ def test_a_batch_of_tasks_gives_the_mean_of_each_alone(design: type[LearnedOptim
 
 
 @each_design
-def test_replicas_run(design: type[LearnedOptimizer]) -> None:
+@pytest.mark.parametrize("mode", EXACT)
+def test_replicas_run(design: type[LearnedOptimizer], mode: str) -> None:
     opt = small(design)
-    torch.testing.assert_close(gradient(Unrolled(STEPS, "mean"), Replicas(Problem(), 2), opt), by_hand(opt))
+    torch.testing.assert_close(gradient(EXACT[mode](STEPS, "mean"), Replicas(Problem(), 2), opt), by_hand(opt))
 
 
 COMPILED: dict[str, Callable[..., Estimator]] = {

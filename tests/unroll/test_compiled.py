@@ -376,7 +376,7 @@ def test_a_learning_rate_that_comes_after_every_windows_only_loss_is_named(segme
     assert_refused(estimator, Regression(), sgd(), Raw({"lr": f64(0.1)}), "'lr'")
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize(
     ("opt", "starts"),
     [(sgd(), {"lr": 0.05, "momentum": 0.5}), (NORMALIZED, NORMALIZED_STARTS)],
