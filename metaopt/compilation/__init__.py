@@ -1,7 +1,7 @@
 """torch.compile for pure functions that are called often: one level above torch alone."""
 
-from metaopt.compilation.cache import remembered
+from metaopt.compilation.cache import Remembered
 from metaopt.compilation.inductor import compiled
 from metaopt.compilation.trusted import Trusted
 
-__all__ = ["Trusted", "compiled", "remembered"]
+__all__ = ["Remembered", "Trusted", "compiled"]

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import torch
 
-from metaopt.compilation.cache import remembered
+from metaopt.compilation.cache import Remembered
 from metaopt.compilation.trusted import observed
+
+_REMEMBERED = Remembered(64)
 
 
 def compiled(key: tuple[Any, ...], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +26,7 @@ def compiled(key: tuple[Any, ...], function: Callable[..., Any]) -> Callable[...
     Returns:
         The compiled function. Where there is no compiler it warns once, and the function runs as it is.
     """
-    return remembered(key, lambda: _Compiled(function))
+    return _REMEMBERED(key, lambda: _Compiled(function))
 
 
 class _Compiled:

@@ -2,12 +2,13 @@
 
 Before each call of a compiled function torch looks at all that the function read when it was compiled, every attribute
 of every module, and then finds its way to the graph; for a small step that takes a tenth of the step's time or more.
-While nothing changes but the arguments, the graph can be called at once: `Trusted` sees a first call of each form
-through, and notes which of the graph's inputs is which argument, and which result is which of its outputs.
+While nothing changes but the arguments, the graph can be called at once: `Trusted` sees the first two calls of each
+form through, and notes which of the graph's inputs is which argument, and which result is which of its outputs.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,15 @@ from torch.utils import _pytree as pytree
 Graph = Callable[..., Any]
 Build = Callable[[Sequence[Tensor], Sequence[Any]], Any]  # from leaves of the arguments, and outputs of the graph
 
-_seen: list[tuple[Graph, tuple[Any, ...], Sequence[Any]]] | None = None  # calls of graphs, while someone wants to know
+Call = tuple[Graph, tuple[Any, ...], Sequence[Any]]  # of a graph: its inputs, and its outputs
+
+
+class _Watch(threading.local):
+    calls: list[Call] | None = None  # while someone wants to know
+
+
+_watch = _Watch()
+_CONSTANTS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def observed(graph: Graph) -> Graph:
@@ -27,8 +36,8 @@ def observed(graph: Graph) -> Graph:
 
     def call(*inputs: Any) -> Any:
         outputs = graph(*inputs)
-        if _seen is not None:
-            _seen.append((graph, inputs, outputs))
+        if _watch.calls is not None:
+            _watch.calls.append((graph, inputs, outputs))
         return outputs
 
     return call
@@ -37,7 +46,8 @@ def observed(graph: Graph) -> Graph:
 class Trusted:
     """A compiled function as long as nothing changes but its arguments: one of pure torch code, without side effects.
 
-    What it reads besides, such as the tensors of a task, is taken to stay what it was at the first call.
+    What it reads besides, such as the tensors of a task, is taken to stay what it was. If it was another at the first
+    call than at the second (a number drawn in Python), no call is made directly.
 
     Args:
         function: compiled, with a backend whose graphs are `observed`; any other is called as it is.
@@ -45,31 +55,46 @@ class Trusted:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._forms: dict[Any, _Wiring | None] = {}
+        self._seen: dict[Any, _Wiring | None] = {}  # once
+        self._forms: dict[Any, _Wiring | None] = {}  # twice: None for one that is not to be called directly
 
     def __call__(self, *args: Any) -> Any:
         leaves: list[Tensor] = []
-        form = (torch.is_grad_enabled(), *_form(args, leaves), *_repeated(leaves))
+        told = _form(args, leaves)
+        if told is None:
+            return self._function(*args)
+        form = (torch.is_grad_enabled(), *told, *_repeated(leaves))
         if form in self._forms:
             wiring = self._forms[form]
             return self._function(*args) if wiring is None else wiring(leaves)
-        global _seen
-        outer, _seen = _seen, []
+        calls: list[Call] = []
+        outer, _watch.calls = _watch.calls, calls
         try:
             with warnings.catch_warnings():
                 # The compiler looks at .grad of every tensor it meets, and loads modules that torch has deprecated.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
                 result = self._function(*args)
-            self._forms[form] = _wiring(_seen, leaves, result)
         finally:
-            _seen = outer
+            _watch.calls = outer
+        wiring = _wiring(calls, leaves, result)
+        if form in self._seen:
+            before = self._seen.pop(form)
+            self._forms[form] = wiring if wiring is not None and wiring.agrees(before) else None
+        else:
+            self._seen[form] = wiring
         return result
 
 
 class _Wiring:
     def __init__(self, graph: Graph, inputs: Sequence[Any], build: Build) -> None:
         self._graph, self._inputs, self._build = graph, inputs, build
+
+    def agrees(self, other: _Wiring | None) -> bool:
+        """Whether another one is of the same graph, with the same tensors where it takes no argument."""
+        if other is None or self._graph is not other._graph:
+            return False
+        return list(map(_place, self._inputs)) == list(map(_place, other._inputs))
 
     def __call__(self, leaves: Sequence[Tensor]) -> Any:
         outputs = self._graph(*[leaves[x] if type(x) is int else x for x in self._inputs])
@@ -105,24 +130,31 @@ def _builder(result: Any, arguments: dict[int, int], outputs: dict[int, int]) ->
     return (lambda leaves, made: None) if result is None else None
 
 
-def _form(args: Sequence[Any], leaves: list[Tensor]) -> list[Any]:
-    """What the compiler tells arguments apart by; their tensors go to ``leaves``."""
+def _place(x: Any) -> int:
+    """An argument's place, or what is no place."""
+    return x if type(x) is int else -1 - id(x)
+
+
+def _form(args: Sequence[Any], leaves: list[Tensor]) -> list[Any] | None:
+    """What the compiler tells arguments apart by, and None if that cannot be told; their tensors go to ``leaves``."""
     form: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
             leaves.append(arg)
             form.append((arg.shape, arg.stride(), arg.dtype, arg.requires_grad))
         elif isinstance(arg, tuple | list):
-            form.append(type(arg))
-            form += _form(arg, leaves)
-            form.append(len(arg))
+            inside = _form(arg, leaves)
+            if inside is None:
+                return None
+            form += [type(arg), len(arg), *inside]
+        elif isinstance(arg, _CONSTANTS):
+            form.append((type(arg), arg))
         else:
             inner, spec = pytree.tree_flatten(arg)
-            if len(inner) == 1 and inner[0] is arg:
-                form.append(arg)
-            else:
-                form.append(spec)
-                form += _form(inner, leaves)
+            inside = None if len(inner) == 1 and inner[0] is arg else _form(inner, leaves)
+            if inside is None:
+                return None
+            form += [spec, *inside]
     return form
 
 

@@ -225,8 +225,6 @@ class Elementwise(ABC, Generic[StateT]):
             c: coefficients, ``cast`` to the parameter's ``compute_dtype``.
         """
         dtype = compute_dtype(param)
-        if not any(x.dtype != dtype for x in (param, grad, *parts)):  # no complex one is its own compute_dtype
-            return list(self.update(param, grad, tuple(parts), c))
         state = tuple(_real(part).to(dtype) for part in parts)
         new_param, *new_parts = self.update(_real(param).to(dtype), _real(grad).to(dtype), state, c)
         return [

@@ -46,8 +46,13 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> bo
     return plain(given) and alike(tensors, first) and all(t.is_contiguous() for t in tensors)
 
 
+def direct(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> bool:
+    """Whether they fit, and no transform of torch.func is at work, for which a step needs more than a kernel."""
+    return not torch._C._are_functorch_transforms_active() and fits(tensors, coefficients)
+
+
 def alike(tensors: Sequence[Tensor], like: Tensor) -> bool:
-    """Whether tensors of any strides can go to a kernel beside one that does: cotangents of a step that ``fits``."""
+    """Whether plain tensors of any strides, as cotangents have, are of one shape, dtype and device with another."""
     device, dtype, shape = like.device, like.dtype, like.shape
     for t in tensors:
         if t.shape != shape or t.dtype != dtype or t.device != device:

@@ -26,7 +26,7 @@ def averaged(average: Tensor, value: Tensor, rate: Tensor) -> Tensor:
         rate: 1 - decay, (k,).
     """
     rate = rate.view(-1, *[1] * value.dim())
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or average.dtype != value.dtype:
         return average + rate * (value - average)
     return torch.lerp(average, value, rate)  # in one pass
 

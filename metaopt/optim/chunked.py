@@ -104,14 +104,16 @@ class Chunked:
         self.optimizer = optimizer
         self._compile = compile
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._use = self._compiled  # of them, for the tensors at hand
 
     def __call__(self, slots: Sequence[Slot], terms: Terms) -> None:
         size = SIZES.get(slots[0][0].device.type, SIZE)
-        hidden = terms.weights.get("weight2") if isinstance(self.optimizer, Normalized) else None
+        hidden = terms.weights.get("weight1") if isinstance(self.optimizer, Normalized) else None
         if hidden is not None and kernel.serves(hidden):
-            size, self._compiled = FUSED * size, {}
-        elif self._compile and not self._compiled:
-            self._compiled = {f: torch.compile(f, dynamic=False) for f in (_change, _observe, _react)}
+            size, self._use = FUSED * size, {}
+        elif self._compile:
+            self._compiled = self._compiled or {f: torch.compile(f, dynamic=False) for f in (_change, _observe, _react)}
+            self._use = self._compiled
         if isinstance(self.optimizer, Shared):
             # Vectors and matrices differ in what they share. One after the other: what is shared is made when needed.
             for matrices in (False, True):
@@ -136,13 +138,13 @@ class Chunked:
         count = slot[0].numel()
         if count <= size:
             return []
-        return list(pieces(slot, size if self._compiled else math.ceil(count / math.ceil(count / size))))
+        return list(pieces(slot, size if self._use else math.ceil(count / math.ceil(count / size))))
 
     def _step(self, chunk: Sequence[Piece], terms: Terms, size: int) -> None:
         """Coordinatewise. What fills no chunk is padded for the compiled function: elements do not mix."""
         parts = _read(chunk, terms)
         count = parts[0].numel()
-        if self._compiled:
+        if self._use:
             parts = [pad(part, (0, size - count)) for part in parts]
         change, *state = self._call(_change, size, parts, terms)
         _move(chunk, change[:count], terms)
@@ -177,7 +179,7 @@ class Chunked:
 
     def _call(self, function: Callable[..., Any], size: int, parts: Sequence[Tensor], terms: Terms, *more: Any) -> Any:
         """The function of a chunk, compiled where there is such a one and the chunk is full."""
-        compiled = self._compiled.get(function)
+        compiled = self._use.get(function)
         if compiled is None or parts[0].numel() != size:
             return function(self.optimizer, parts, terms.step, terms.weights, terms.once, *more)
         return compiled(self.optimizer, [part.contiguous() for part in parts], terms.step, terms.weights, None, *more)

@@ -48,6 +48,8 @@ class Classification:
         ['accuracy', 'loss']
     """
 
+    _tied = True  # of objects that were pickled without it
+
     def __init__(
         self,
         data: Splits,

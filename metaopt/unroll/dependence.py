@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.compilation import remembered
+from metaopt.compilation import Remembered
 from metaopt.unroll.program import inner_step
 from metaopt.unroll.randomness import Snapshot
 from metaopt.unroll.stretch import Stretch, Unroll
+
+_REMEMBERED = Remembered(64)
 
 
 def dependence(unroll: Unroll, stretch: Stretch) -> tuple[bool, ...]:
@@ -26,7 +28,7 @@ def dependence(unroll: Unroll, stretch: Stretch) -> tuple[bool, ...]:
     leaves = unroll.sources.differentiable
     what = (judged, stretch.loss_weight != 0.0, len(stretch.steps[:2]))
     key = ("dependence", *what, unroll.learned_key, unroll.program.key)
-    return remembered(key, lambda: _probed(unroll, stretch, judged, leaves))
+    return _REMEMBERED(key, lambda: _probed(unroll, stretch, judged, leaves))
 
 
 def _probed(unroll: Unroll, stretch: Stretch, judged: bool, leaves: list[Tensor]) -> tuple[bool, ...]:

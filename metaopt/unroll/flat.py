@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.compilation import remembered
+from metaopt.compilation import Remembered
 from metaopt.functional import Elementwise
 from metaopt.functional.optimizer import cast, compute_dtype
 from metaopt.functional.tree import Tree
@@ -22,6 +22,8 @@ from metaopt.functional.values import Once, at_step, to_tensors
 from metaopt.tasks import Runs, Task
 from metaopt.unroll.gradient import task_gradient
 from metaopt.unroll.program import Inputs, Shared, Split, Tensors, called
+
+_REMEMBERED = Remembered(64)
 
 
 class Vector:
@@ -92,7 +94,8 @@ class FlatProgram:
         self.key = (
             self._shared.key, opt, first.dtype, first.device, tuple(self._vector.shapes), tuple(self._vector.names)
         )  # fmt: skip
-        self._coefficients = remembered(("coefficients", self.key), lambda: self._shape_of_coefficients(dict(values)))
+        kind = (self._shared.kind, opt, first.dtype, first.device, tuple(self._vector.names))
+        self._coefficients = _REMEMBERED(kind, lambda: self._shape_of_coefficients(dict(values)))
 
     def inputs(self, values: Sequence[Tensor], params: Any = None, steps: Tensor | None = None) -> Inputs:
         everything = self._shared.values(tuple(values))

@@ -66,6 +66,7 @@ class Shared:
 
     Attributes:
         learnable: the tensors among the values.
+        kind: equal where the values have the same structure and the same constants.
         key: equal where one unroll may do the steps of another.
     """
 
@@ -74,7 +75,8 @@ class Shared:
         self._values = Split(dict(values))
         self._config = Split(task.config if isinstance(task, Runs) else ())
         self.learnable = self._values.tensors
-        self.key = (task.key if isinstance(task, Runs) else task, self._values.key, self._config.key)
+        self.kind = self._values.key
+        self.key = (task.key if isinstance(task, Runs) else task, self.kind, self._config.key)
 
     def tensors(self, values: Sequence[Tensor]) -> Tensors:
         """With these values."""

@@ -143,6 +143,8 @@ def _written(step: TangentStep) -> Callable[..., Any]:
 
     def in_place(carry: Tensors, carry_dot: Tensors, *others: Any) -> Any:
         after, after_dot, loss, loss_dot = step(carry, carry_dot, *others)
+        # Copies, which the compiler sees through where it can: a result may be what is about to be overwritten.
+        after, after_dot, (loss, loss_dot) = (_copies(part) for part in (after, after_dot, (loss, loss_dot)))
         return _over(carry, after), _over(carry_dot, after_dot), loss, loss_dot
 
     return in_place
@@ -174,7 +176,7 @@ def _or(new: Sequence[Tensor | None], old: Tensors) -> Tensors:
 
 
 def _copies(tensors: Tensors) -> Tensors:
-    """To be written to: what an unroll starts from is not its own."""
+    """For results that are overwritten, or are not the unroll's own."""
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
 
 
@@ -197,7 +199,7 @@ def _along(
     for grad, dot in zip(grads, (*carry_dot, *dots.shared), strict=True):
         if grad is not None:
             slope += (dot.reshape(len(dot), -1).to(grad.dtype) @ grad.conj().flatten()).real
-    return value.detach(), slope
+    return value.detach().clone(), slope  # what it was computed from may be overwritten
 
 
 def rows_along(per_step: Tensors, tangents: Tensors, steps: range) -> Iterator[tuple[int, Tensors, Tensors]]:

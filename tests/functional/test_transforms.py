@@ -176,3 +176,19 @@ def test_batched_backward_passes_equal_single_ones(case: Case, problem: Problem)
     batched = torch.autograd.functional.jacobian(weights, x, vectorize=True)
     close(batched, torch.autograd.functional.jacobian(weights, x))
     assert bool((batched.norm(dim=0) > 0).all())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_vmap_around_a_large_step_that_is_not_batched(name: str) -> None:
+    """The step is one for a kernel, and what is batched is read after it."""
+    opt = REGISTRY[name]()
+    params = {"w": torch.linspace(-1, 1, 5000, dtype=torch.float64)}
+    grads, state = {"w": params["w"].sin()}, opt.init(params)
+
+    def total(scale: Tensor) -> Tensor:
+        stepped, _ = opt.step(params, grads, state)
+        return (stepped["w"] * scale).square().sum()
+
+    scales = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(total)(scales), torch.stack([total(scale) for scale in scales]))
+    torch.testing.assert_close(torch.func.grad(total)(scales[1]), total(scales[0]) * 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from metaopt.compilation import cache
+from metaopt.compilation import inductor
 from metaopt.learned import AdafactorMLPOptimizer, LearnedOptimizer, LSTMOptimizer, MLPOptimizer
 from metaopt.metagrad import ES, PES, Estimator, Forward, Unrolled
 from metaopt.tasks import RandomQuadratics, Replicas, TaskBatch, Tasks
@@ -23,7 +23,7 @@ each_design = pytest.mark.parametrize("design", DESIGNS)
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     yield
-    cache._CACHE.clear()
+    inductor._REMEMBERED.clear()
     torch._dynamo.reset()
 
 

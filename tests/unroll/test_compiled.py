@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.distributions import constraints
 
 from metaopt import Hyperparameters, PerParameter, Schedule
-from metaopt.compilation import cache, inductor
+from metaopt.compilation import inductor
 from metaopt.compilation.trusted import observed
 from metaopt.functional import REGISTRY, radam, rprop, sgd
 from metaopt.metagrad import Estimator, Forward, Unrolled
@@ -56,7 +58,7 @@ def _fresh() -> Iterator[None]:
     """Nothing compiled is left from another test, nor for one."""
     counters.clear()
     yield
-    cache._CACHE.clear()
+    inductor._REMEMBERED.clear()
     inductor._warn_once.cache_clear()
     torch._dynamo.reset()
     counters.clear()
@@ -402,3 +404,44 @@ def test_forward_mode_writes_over_nothing_of_the_tasks(
         got = gradient(Forward(STEPS, "inner", compile=True), task, opt, learn)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)
         assert all(torch.equal(p, before[name]) for name, p in task.first.items())
+
+
+class Remembering:
+    """p <- p - lr g - .1 (p - the p before): the state is the old carry itself."""
+
+    hyperparameters = ("lr",)
+    defaults: ClassVar[dict[str, Any]] = {"lr": 0.05}
+
+    def init(self, params: dict[str, Tensor], **hyper: Any) -> dict[str, Tensor]:
+        return dict(params)
+
+    def step(self, params: dict[str, Tensor], grads: dict[str, Tensor], state: Any, **hyper: Any) -> Any:
+        return {name: p - hyper["lr"] * grads[name] - 0.1 * (p - state[name]) for name, p in params.items()}, params
+
+
+@pytest.mark.parametrize("objective", ["final", "inner"])
+def test_forward_mode_of_a_state_that_is_the_carry_before(objective: Any, traced: None) -> None:
+    task, opt, learn = Regression(), Remembering(), {"lr": (0.05, constraints.positive)}
+    want = gradient(Unrolled(STEPS, objective), task, opt, learn)
+    got = gradient(Forward(STEPS, objective, compile=True), task, opt, learn)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)
+
+
+def test_forward_mode_of_a_loss_that_is_a_parameter(traced: None) -> None:
+    class Linear(Regression):
+        def loss(self, params: Mapping[str, Tensor], batch: Any, hyper: Mapping[str, Any]) -> Tensor:
+            return params["out.weight"][0]
+
+    want = gradient(Unrolled(STEPS, "inner"), Linear(), sgd(), {"lr": 0.05})
+    got = gradient(Forward(STEPS, "inner", compile=True), Linear(), sgd(), {"lr": 0.05})
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)
+
+
+def test_tasks_of_uncompiled_unrolls_are_not_kept() -> None:
+    tasks = [Regression() for _ in range(3)]
+    gone = [weakref.ref(task) for task in tasks]
+    for task in tasks:
+        gradient(Unrolled(STEPS), task, sgd(), {"lr": 0.05})
+    del task, tasks
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
