@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from metaopt.functional import REGISTRY
 from tests.functional.cases import CASES, F64, FIRST_CASES, Case, Problem, pack, train
 
 close = functools.partial(assert_close, rtol=1e-10, atol=1e-12)
