@@ -1,6 +1,6 @@
 """A learned optimizer: meta-trained through training on MNIST-1D, and compared with what it should beat.
 
-    python -m experiments.learned_optimizer                         # meta-trains the MLP: some twelve minutes
+    python -m experiments.learned_optimizer                         # meta-trains the MLP: some seven minutes
     python -m experiments.learned_optimizer --design lstm
     torchrun --standalone --nproc-per-node 4 -m experiments.learned_optimizer --replicas 8
     python -m experiments.learned_optimizer --shipped mlp-mnist1d   # only compares the weights that come with metaopt

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from metaopt.compilation import Trusted, compiled, inductor
+from metaopt.compilation.trusted import observed
 from tests.metagrad.reference import seeded
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["traced", pytest.param("generated", marks=pytest.mark.long)])
+def _fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With and without code generation, which takes seconds."""
+    if request.param == "traced":
+        trace = torch._dynamo.lookup_backend("aot_eager")
+        monkeypatch.setattr(inductor, "_recomputing", lambda graph, inputs: observed(trace(graph, inputs)))
     yield
     inductor._REMEMBERED.clear()
     inductor._warn_once.cache_clear()

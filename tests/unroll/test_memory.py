@@ -138,6 +138,7 @@ def test_segments_of_ten_thousand_steps_of_a_network_take_less_than_300_megabyte
     assert at[400] + 80 * slope < 300e6
 
 
+@pytest.mark.long
 def test_compiled_forward_mode_takes_less_than_two_megabytes_for_a_small_network() -> None:
     """Parameters, state and their tangents are .6 of them: the step writes over those before it."""
     estimator, task, opt = Forward(5, compile=True), Network(), radam()
