@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.kernels.differentiable import alike, direct, fits, kernels
+from metaopt.kernels.differentiable import alike, fits, kernels, transformed
 from metaopt.numerics import safe_sqrt
 
 
@@ -72,7 +72,7 @@ def moments_step(inputs: Inputs) -> Result:
     """The new parameter and moments: of real tensors of one dtype."""
     if torch.compiler.is_compiling():
         return composed(inputs)
-    step = _Kernels if direct(inputs[:4], inputs[4:-1]) else _Step
+    step = _Kernels if not transformed() and fits(inputs[:4], inputs[4:-1]) else _Step
     result: Result = step.apply(*inputs)
     return result
 

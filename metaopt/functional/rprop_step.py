@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.kernels.differentiable import alike, direct, fits, kernels
+from metaopt.kernels.differentiable import alike, fits, kernels, transformed
 
 
 class Inputs(NamedTuple):
@@ -39,7 +39,7 @@ def rprop_step(inputs: Inputs) -> Result:
     """The new parameter, last gradient and step size: of real tensors of one dtype."""
     if torch.compiler.is_compiling():
         return composed(inputs)
-    step = _Kernels if direct(inputs[:4], inputs[4:]) else _Step
+    step = _Kernels if not transformed() and fits(inputs[:4], inputs[4:]) else _Step
     result: Result = step.apply(*inputs)
     return result
 

@@ -46,9 +46,9 @@ def fits(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> bo
     return plain(given) and alike(tensors, first) and all(t.is_contiguous() for t in tensors)
 
 
-def direct(tensors: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> bool:
-    """Whether they fit, and no transform of torch.func is at work, for which a step needs more than a kernel."""
-    return not torch._C._are_functorch_transforms_active() and fits(tensors, coefficients)
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, for which a step needs more than a kernel."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def alike(tensors: Sequence[Tensor], like: Tensor) -> bool:

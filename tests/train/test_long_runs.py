@@ -44,7 +44,10 @@ class Watch:
         if step not in self.at:
             return
         gc.collect()
-        alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+        alive = [
+            tensor for tensor in tensors if not tensor._has_symbolic_sizes_strides
+        ]  # no compiler's, of other tests
         self.tensors.append(len(alive))
         self.bytes.append(sum(tensor.nbytes for tensor in alive))
         self.graphs.append(sum(tensor.grad_fn is not None for tensor in alive))
